@@ -1,0 +1,291 @@
+"""Measure kernels: ceilings, timing, correctness, and the records they make.
+
+Times are medians between device events. Launches rotate among input sets that together exceed the
+cache, so that every launch reads device memory. Without a GPU, `dry` runs the same code on tiny
+shapes by the wall clock: it proves that the scripts run, and its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from benchmarks.results import Ceiling, Record, current_commit, today
+from turbo_opt.kernels import Choice, force_provider, operator
+
+ROWS = [
+    (32760, 1536),
+    (75600, 5120),
+]  # Wan2.1 1.3B 480p and 14B 720p, 81 frames: (tokens, channels)
+LINEARS = [  # (tokens, in_features, out_features)
+    (32760, 1536, 1536),
+    (32760, 1536, 8960),
+    (32760, 8960, 1536),
+    (75600, 5120, 5120),
+    (75600, 5120, 13824),
+    (75600, 13824, 5120),
+]
+SETS_BYTES = 256 * 2**20  # rotate over at least this much: several times the largest L2
+WARMUP = 5
+
+InputSet = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: median, and half the interquartile range."""
+
+    ms: float
+    spread_ms: float
+    runs: int
+
+
+@dataclass
+class Session:
+    """One run: its device, its effort, its ceilings and the records it has made."""
+
+    dry: bool = False
+    quick: bool = False
+    records: list[Record] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.dry else torch.device("cuda", 0)
+
+    @property
+    def runs(self) -> int:
+        return 3 if self.dry else 15 if self.quick else 40
+
+    @property
+    def rows(self) -> list[tuple[int, int]]:
+        return [(130, 256)] if self.dry else ROWS
+
+    @property
+    def linears(self) -> list[tuple[int, int, int]]:
+        return [(132, 256, 128)] if self.dry else LINEARS
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        environment: dict[str, Any] = {"torch": torch.__version__, "gpu": "none (dry run)"}
+        try:
+            import triton
+
+            environment["triton"] = triton.__version__
+        except ImportError:
+            environment["triton"] = None
+        if not self.dry:
+            environment["gpu"] = torch.cuda.get_device_name(self.device)
+            environment.update(_driver_and_power_limit())
+        return environment
+
+    @cached_property
+    def gpu(self) -> str:
+        """The GPU's short name, as records' names begin: `h200`."""
+        if self.dry:
+            return "dry"
+        return self.environment["gpu"].replace("NVIDIA", "").split()[0].lower()
+
+    @cached_property
+    def copy(self) -> Ceiling:
+        """Device copy, bytes read and written."""
+        size = 2**12 if self.dry else 2**29
+        source = torch.empty(size, dtype=torch.bfloat16, device=self.device).normal_()
+        target = torch.empty_like(source)
+        timing = self.time(lambda: target.copy_(source), [()])
+        return Ceiling(4 * size / timing.ms / 1e6, "GB/s", "device copy of 1 GiB")
+
+    @cached_property
+    def bf16_matmul(self) -> Ceiling:
+        return self._matmul("bf16", torch.bfloat16)
+
+    @cached_property
+    def library_matmul(self) -> dict[str, Ceiling]:
+        """The library's unscaled (int8) or per-tensor-scaled (fp8) product, by scheme."""
+        return {
+            "int8-block": self._matmul("int8", torch.int8),
+            "fp8-block": self._matmul("fp8", torch.float8_e4m3fn),
+        }
+
+    def _matmul(self, name: str, dtype: torch.dtype) -> Ceiling:
+        side = 128 if self.dry else 8192
+        if dtype is torch.int8:
+            a, b = torch.randint(-128, 128, (2, side, side), dtype=dtype, device=self.device)
+            call = lambda: torch._int_mm(a, b.t())  # noqa: E731
+        else:
+            a, b = torch.randn(2, side, side, device=self.device).to(dtype)
+            one = torch.ones((), device=self.device)
+            call = (
+                (lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16))
+                if dtype is torch.float8_e4m3fn
+                else lambda: a @ b.t()
+            )
+        timing = self.time(call, [()])
+        what = f"{name} library matmul {side}³"
+        return Ceiling(2 * side**3 / timing.ms / 1e9, "TFLOP/s", what)
+
+    def input_sets(self, make: Callable[[], InputSet]) -> list[InputSet]:
+        """As many fresh input sets as exceed the cache, at least two."""
+        first = make()
+        size = sum(x.numel() * x.element_size() for x in first if isinstance(x, torch.Tensor))
+        count = 2 if self.dry else max(2, min(16, -(-SETS_BYTES // size)))
+        return [first, *(make() for _ in range(count - 1))]
+
+    def time(self, call: Callable[..., object], sets: Sequence[InputSet]) -> Timing:
+        """Time `call(*inputs)`, rotating over the input sets."""
+        for index in range(WARMUP):
+            call(*sets[index % len(sets)])
+        measure = self._by_wall_clock if self.dry else self._by_events
+        times = measure(call, sets)
+        low, _, high = quantiles(times, n=4)
+        return Timing(median(times), (high - low) / 2, len(times))
+
+    def _by_events(self, call: Callable[..., object], sets: Sequence[InputSet]) -> list[float]:
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(self.runs)
+        ]
+        for index, (start, end) in enumerate(events):
+            start.record()
+            call(*sets[index % len(sets)])
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+    def _by_wall_clock(self, call: Callable[..., object], sets: Sequence[InputSet]) -> list[float]:
+        times = []
+        for index in range(self.runs):
+            start = time.perf_counter()
+            call(*sets[index % len(sets)])
+            times.append((time.perf_counter() - start) * 1e3)
+        return times
+
+    def usable(self, name: str, args: InputSet) -> tuple[Choice, list[str]]:
+        """The default choice for this call, and every provider but the reference that works."""
+        choice = operator(name).choose(self.device, *args)
+        others = [other for other, why in choice.passed_over.items() if why.startswith("works")]
+        names = [choice.provider, *others]
+        return choice, [each for each in names if each != "reference"]
+
+    def check(self, label: str, sqnr: float, least: float) -> None:
+        """Note a result that is too far from the reference; NaN is too far."""
+        if not sqnr >= least:
+            self.failures.append(f"{label}: SQNR {sqnr:.1f} dB, at least {least:.1f} wanted")
+
+    def record_bandwidth(
+        self,
+        name: str,
+        timing: Timing,
+        moved_bytes: int,
+        baseline: dict[str, Timing],
+        **facts: Any,
+    ) -> None:
+        """A memory-bound kernel: the bytes it must move per second, as a share of a copy's."""
+        speed = moved_bytes / timing.ms / 1e6
+        share = speed / self.copy.value
+        self._add(
+            f"{name}/share_of_copy",
+            share,
+            "",
+            share * timing.spread_ms / timing.ms,
+            timing.runs,
+            self.copy,
+            share,
+            {
+                other: moved_bytes / each.ms / 1e6 / self.copy.value
+                for other, each in baseline.items()
+            },
+            **facts,
+        )
+
+    def record_rate(
+        self,
+        name: str,
+        timing: Timing,
+        operations: int,
+        ceiling: Ceiling,
+        baseline: dict[str, Timing],
+        **facts: Any,
+    ) -> None:
+        """A matrix product: operations per second, as a share of the library's 8192³."""
+        rate = operations / timing.ms / 1e9
+        self._add(
+            f"{name}/tflops",
+            rate,
+            "TFLOP/s",
+            rate * timing.spread_ms / timing.ms,
+            timing.runs,
+            ceiling,
+            rate / ceiling.value,
+            {other: operations / each.ms / 1e9 for other, each in baseline.items()},
+            **facts,
+        )
+
+    def _add(
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        spread: float,
+        runs: int,
+        ceiling: Ceiling,
+        share: float,
+        baseline: dict[str, float],
+        quality: dict[str, float],
+        config: dict[str, Any],
+    ) -> None:
+        self.records.append(
+            Record(
+                name=f"{self.gpu}/{name}",
+                value=value,
+                unit=unit,
+                spread=spread,
+                runs=runs,
+                ceiling=ceiling,
+                share_of_ceiling=share,
+                baseline=baseline,
+                quality=quality,
+                config=config,
+                environment=self.environment,
+                commit=current_commit(),
+                date=today(),
+            )
+        )
+
+
+@contextmanager
+def provider(name: str, chosen: str) -> Iterator[Callable[..., Any]]:
+    """The operator of that name, served by the chosen provider."""
+    with force_provider({name: chosen}):
+        yield getattr(torch.ops.turbo_opt, name).default
+
+
+def sqnr_db(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """Signal to noise ratio in dB, at most 200; in slices, as the tensors may fill the device."""
+    signal = noise = 0.0
+    width = expected.shape[-1]
+    pairs = zip(
+        expected.reshape(-1, width).split(4096), actual.reshape(-1, width).split(4096), strict=True
+    )
+    for a, b in pairs:
+        signal += a.double().square().sum().item()
+        noise += (a.double() - b.double()).square().sum().item()
+    return 10 * math.log10(max(signal, 1e-300) / max(noise, signal * 1e-20, 1e-300))
+
+
+def _driver_and_power_limit() -> dict[str, str]:
+    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
+    result = subprocess.run(query, capture_output=True, text=True, check=False)
+    if result.returncode:
+        return {}
+    driver, power = result.stdout.splitlines()[0].split(",")
+    return {"driver": driver.strip(), "power_limit": power.strip()}

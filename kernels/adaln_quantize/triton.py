@@ -1,0 +1,20 @@
+"""adaln_quantize: one pass for 1×128 groups; for 128×128 blocks, statistics first."""
+
+from __future__ import annotations
+
+import torch
+
+from .._triton.blocks import quantize_tiles
+from .._triton.rows import normalize_rows
+from ..schemes import SCHEMES
+
+
+def adaln_quantize(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, scheme: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rules = SCHEMES[scheme]
+    if rules.activation_block[0] > 1:
+        return quantize_tiles(x, rules, gain=scale, bias=shift, gain_offset=1.0, eps=eps)
+    q, q_scale = normalize_rows(x, scale, shift, eps, centered=True, gain_offset=1.0, scheme=rules)
+    assert q_scale is not None
+    return q, q_scale

@@ -1,0 +1,76 @@
+"""LayerNorm, affine if given a weight and a bias, in float32."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .._triton.support import unsupported_device, unsupported_row
+from ..capability import Capability
+from ..checks import check_activation, check_channels
+from ..operator import Operator, Provider
+
+
+class LayerNormCall(NamedTuple):
+    """What the choice of a provider depends on."""
+
+    channels: int
+
+
+def check(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> None:
+    check_activation("layer_norm", x)
+    check_channels("layer_norm", "weight", weight, x)
+    check_channels("layer_norm", "bias", bias, x)
+
+
+def describe(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> LayerNormCall:
+    return LayerNormCall(x.shape[-1])
+
+
+def fake(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def triton_supports(capability: Capability, call: LayerNormCall) -> str | None:
+    return unsupported_device(capability) or unsupported_row(call.channels)
+
+
+LAYER_NORM = Operator(
+    name="layer_norm",
+    schema="(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    package=__name__,
+    fake=fake,
+    check=check,
+    describe=describe,
+    providers=[Provider("triton", f"{__name__}.triton", triton_supports, requires="triton")],
+)
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """LayerNorm of `x` over its last dimension, in float32.
+
+    Args:
+        x: (…, C) in bfloat16, float16 or float32, any strides.
+        weight: (C,), float32 or x's dtype, or None for 1.
+        bias: (C,), float32 or x's dtype, or None for 0.
+        eps: added to the variance.
+
+    Returns:
+        (…, C) of x's dtype, contiguous, rounded once.
+
+    Raises:
+        OperatorInputError: for another dtype, or shapes that do not fit.
+    """
+    return torch.ops.turbo_opt.layer_norm.default(x, weight, bias, eps)

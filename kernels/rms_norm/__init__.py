@@ -1,0 +1,71 @@
+"""RMSNorm over the last dimension, in float32.
+
+    rms_norm(x) = x / sqrt(mean(x²) + eps) · weight
+
+As in aten.rms_norm, the product with the weight is formed in float32, also for a float32 weight
+and bfloat16 x, and the result is rounded once, to x's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .._triton.support import unsupported_device, unsupported_row
+from ..capability import Capability
+from ..checks import check_activation, check_channels
+from ..operator import Operator, Provider
+
+
+class RMSNormCall(NamedTuple):
+    """What the choice of a provider depends on."""
+
+    channels: int
+
+
+def check(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> None:
+    check_activation("rms_norm", x)
+    check_channels("rms_norm", "weight", weight, x)
+
+
+def describe(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> RMSNormCall:
+    return RMSNormCall(x.shape[-1])
+
+
+def fake(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def triton_supports(capability: Capability, call: RMSNormCall) -> str | None:
+    return unsupported_device(capability) or unsupported_row(call.channels)
+
+
+RMS_NORM = Operator(
+    name="rms_norm",
+    schema="(Tensor x, Tensor? weight, float eps) -> Tensor",
+    package=__name__,
+    fake=fake,
+    check=check,
+    describe=describe,
+    providers=[Provider("triton", f"{__name__}.triton", triton_supports, requires="triton")],
+)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6
+) -> torch.Tensor:
+    """RMSNorm of `x` over its last dimension, in float32.
+
+    Args:
+        x: (…, C) in bfloat16, float16 or float32, any strides.
+        weight: (C,), float32 or x's dtype, or None for 1.
+        eps: added to the mean square.
+
+    Returns:
+        (…, C) of x's dtype, contiguous, rounded once.
+
+    Raises:
+        OperatorInputError: for another dtype, or shapes that do not fit.
+    """
+    return torch.ops.turbo_opt.rms_norm.default(x, weight, eps)
