@@ -1,0 +1,123 @@
+"""Lazy weights: read only when needed, written down as JSON, told apart by digest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from turbo_opt.errors import BadInput
+from turbo_opt.ir.files import SafetensorsFile
+from turbo_opt.ir.transforms import block_quantized
+from turbo_opt.ir.weights import WeightStore, cast, constant, from_file, from_json, to_json
+
+
+@pytest.fixture
+def shard(tmp_path):
+    path = tmp_path / "model.safetensors"
+    torch.manual_seed(0)
+    save_file({"w": torch.randn(256, 128), "b": torch.randn(256).bfloat16()}, path)
+    return str(path)
+
+
+def test_a_tensor_is_read_only_when_it_is_loaded(shard, monkeypatch):
+    reads = []
+    honest = SafetensorsFile.read
+    monkeypatch.setattr(
+        SafetensorsFile, "read", lambda self, key: reads.append(key) or honest(self, key)
+    )
+    tensor = cast(from_file(shard, "w"), torch.bfloat16)
+    assert (tensor.shape, tensor.dtype, tensor.nbytes) == ((256, 128), torch.bfloat16, 65536)
+    assert tensor.digest
+    assert reads == []
+    assert tensor.load().dtype == torch.bfloat16
+    assert reads == ["w"]
+
+
+def test_values_and_scales_of_one_layer_are_computed_together(shard, monkeypatch):
+    reads = []
+    honest = SafetensorsFile.read
+    monkeypatch.setattr(
+        SafetensorsFile, "read", lambda self, key: reads.append(key) or honest(self, key)
+    )
+    values, scales = block_quantized(from_file(shard, "w"), "int8-block")
+    store = WeightStore({"q": values, "b": from_file(shard, "b"), "s": scales})
+    result = dict(store.items_by_producer())
+    assert set(result) == {"q", "s", "b"}
+    assert result["q"].dtype == torch.int8
+    assert result["s"].shape == (2, 1)
+    assert sorted(reads) == ["b", "w"]
+
+
+def test_an_expression_survives_json(shard):
+    values, scales = block_quantized(cast(from_file(shard, "w"), torch.bfloat16), "fp8-block")
+    for tensor in (values, scales, constant(torch.arange(5)), constant(torch.empty(0))):
+        again = from_json(json.loads(json.dumps(to_json(tensor))))
+        assert again.digest == tensor.digest
+        assert torch.equal(again.load().float(), tensor.load().float())
+
+
+def test_digests_tell_expressions_and_files_apart(shard, tmp_path):
+    w = from_file(shard, "w")
+    values, scales = block_quantized(w, "int8-block")
+    other = tmp_path / "other.safetensors"
+    save_file({"w": torch.zeros(256, 128)}, other)
+    digests = {
+        w.digest,
+        cast(w, torch.float16).digest,
+        values.digest,
+        scales.digest,
+        block_quantized(w, "fp8-block")[0].digest,
+        from_file(str(other), "w").digest,
+    }
+    assert len(digests) == 6
+    assert from_file(shard, "w").digest == w.digest
+
+
+def test_a_missing_key_names_the_nearest(shard):
+    with pytest.raises(BadInput, match="no tensor 'ww', did you mean 'w'"):
+        from_file(shard, "ww")
+
+
+def test_a_truncated_file_is_refused(shard):
+    path = Path(shard)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(BadInput, match="truncated, tensor"):
+        from_file(shard, "w")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a whole safetensors file"),
+        (b"\xff" * 8 + b"{}", "not a whole safetensors file"),
+        (b"\x02" + b"\0" * 7 + b"[]", "not a JSON object"),
+        (b"\x02" + b"\0" * 7 + b"{!", "is not JSON"),
+    ],
+)
+def test_a_malformed_header_is_refused(tmp_path, content, message):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=message):
+        SafetensorsFile.open(str(path))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "does not fit its byte range"),
+        ({"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}, "unknown dtype 'X9'"),
+        ({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}, "does not fit"),
+        ({"dtype": "F32", "shape": [1]}, "malformed header entry"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}, "truncated"),
+    ],
+)
+def test_a_lying_header_entry_is_refused(tmp_path, entry, message):
+    header = json.dumps({"w": entry}).encode()
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    with pytest.raises(BadInput, match=message):
+        SafetensorsFile.open(str(path))

@@ -1,0 +1,93 @@
+"""The weights of one denoiser in a diffusers folder, checked against the graph, unread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from turbo_opt.capture.folder import read_json
+from turbo_opt.errors import BadInput, nearest
+from turbo_opt.ir.files import SafetensorsFile
+from turbo_opt.ir.weights import LazyTensor, WeightStore, cast, constant, from_file
+
+_SINGLE = "diffusion_pytorch_model.safetensors"
+_INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+def open_checkpoint(
+    folder: Path, expected: Mapping[str, Tensor], tables: Mapping[str, Tensor]
+) -> WeightStore:
+    """A lazy tensor for every weight that a captured graph expects.
+
+    Args:
+        folder: `transformer/` of a diffusers pipeline.
+        expected: name → meta tensor with the shape and dtype that the graph was captured with;
+            stored weights of another dtype are cast when read.
+        tables: buffers that no checkpoint stores (rotary tables), computed at capture.
+
+    Raises:
+        BadInput: a shard or a weight is missing, truncated or of another shape.
+    """
+    stored = _stored_tensors(folder)
+    store = WeightStore()
+    for name, meta in expected.items():
+        if name in tables:
+            store[name] = constant(tables[name])
+            continue
+        if name not in stored:
+            raise BadInput(
+                f"{folder}: the checkpoint has no weight {name!r}{nearest(name, stored)} "
+                "(a shard is missing, or the weights are of another model)"
+            )
+        tensor = stored[name]
+        if tensor.shape != tuple(meta.shape):
+            raise BadInput(
+                f"{folder}: weight {name!r} has shape {list(tensor.shape)}, "
+                f"config.json asks for {list(meta.shape)}"
+            )
+        store[name] = cast(tensor, meta.dtype)
+    return store
+
+
+def _stored_tensors(folder: Path) -> dict[str, LazyTensor]:
+    stored = {}
+    for path, keys in _shards(folder):
+        file = SafetensorsFile.open(str(path))
+        for key in keys if keys is not None else file.keys():
+            stored[key] = from_file(str(path), key)
+    return stored
+
+
+def _shards(folder: Path) -> Iterable[tuple[Path, list[str] | None]]:
+    if (folder / _SINGLE).is_file():
+        yield folder / _SINGLE, None
+        return
+    if not (folder / _INDEX).is_file():
+        raise BadInput(
+            f"{folder}: holds neither {_SINGLE} nor {_INDEX} (weights must be safetensors)"
+        )
+    weight_map = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise BadInput(f"{folder / _INDEX}: has no weight_map")
+    by_shard: dict[str, list[str]] = {}
+    for key, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise BadInput(f"{folder / _INDEX}: shard {shard!r} points outside the folder")
+        by_shard.setdefault(shard, []).append(key)
+    for shard, keys in by_shard.items():
+        if not (folder / shard).is_file():
+            raise BadInput(f"{folder}: shard {shard} is missing ({len(keys)} weights are in it)")
+        yield folder / shard, keys
+
+
+def storage_dtype(name: str, dtype: torch.dtype, keep_float32: Iterable[str]) -> torch.dtype:
+    """The dtype that diffusers loads weight `name` in: some modules stay in float32.
+
+    Source: `_keep_in_fp32_modules` of the model class, matched on whole path components.
+    """
+    if dtype in (torch.float16, torch.bfloat16) and set(name.split(".")) & set(keep_float32):
+        return torch.float32
+    return dtype

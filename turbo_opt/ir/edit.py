@@ -1,0 +1,131 @@
+"""Edits of an exported program that keep graph, signature and state in step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+_WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER)
+
+
+def parameter_names(exported: ExportedProgram) -> dict[Node, str]:
+    """Placeholder → parameter or buffer name, in graph order."""
+    names = {
+        spec.arg.name: spec.target
+        for spec in exported.graph_signature.input_specs
+        if spec.kind in _WEIGHT_KINDS and spec.target is not None
+    }
+    return {
+        node: names[node.name]
+        for node in exported.graph.nodes
+        if node.op == "placeholder" and node.name in names
+    }
+
+
+def user_inputs(exported: ExportedProgram) -> list[Node]:
+    """Placeholders of the tensors a caller passes, in order."""
+    wanted = set(exported.graph_signature.user_inputs)
+    return [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in wanted]
+
+
+def add_weight(
+    exported: ExportedProgram, name: str, shape: Sequence[int], dtype: torch.dtype
+) -> Node:
+    """Add a buffer placeholder `name` (meta, persistent) before the caller's inputs.
+
+    Raises:
+        ValueError: there is a parameter or buffer of that name already.
+    """
+    if name in exported.state_dict:
+        raise ValueError(f"the graph has a weight {name!r} already")
+    signature = exported.graph_signature
+    position = sum(spec.kind in _WEIGHT_KINDS for spec in signature.input_specs)
+    placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    fake_mode = _fake_mode(exported)
+    with exported.graph.inserting_before(placeholders[position]):
+        node = exported.graph.placeholder("b_" + name.replace(".", "_"))
+    meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    node.meta["val"] = fake_mode.from_tensor(meta, static_shapes=True)
+    spec = InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True)
+    signature.input_specs.insert(position, spec)
+    exported.state_dict[name] = meta
+    return node
+
+
+def remove_unused_weights(exported: ExportedProgram) -> list[str]:
+    """Drop parameter and buffer placeholders that nothing reads; their names."""
+    removed = []
+    for node, name in parameter_names(exported).items():
+        if not node.users:
+            exported.graph.erase_node(node)
+            specs = exported.graph_signature.input_specs
+            specs.remove(next(spec for spec in specs if spec.target == name))
+            exported.state_dict.pop(name, None)
+            removed.append(name)
+    return removed
+
+
+def insert_call(
+    exported: ExportedProgram,
+    before: Node,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+) -> Node:
+    """Insert `target(*args, **kwargs)` before a node and give it a value of the right shape.
+
+    The fake value is computed by running the op on the arguments' fake values, so the result's
+    dtype, strides and symbolic shape are those that the op really has.
+    """
+    kwargs = kwargs or {}
+    graph = exported.graph
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args, kwargs)
+    values = map_arg((args, kwargs), lambda n: n.meta["val"])
+    with _fake_mode(exported):
+        node.meta["val"] = target(*values[0], **values[1])
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in before.meta:
+            node.meta[key] = before.meta[key]
+    return node
+
+
+def copy_exported(exported: ExportedProgram) -> ExportedProgram:
+    """A copy with its own graph and signature; fake values are shared, they never change."""
+    graph_module = torch.fx.GraphModule({}, copy.deepcopy(exported.graph))
+    graph_module.meta.update(exported.graph_module.meta)
+    return ExportedProgram(
+        root=graph_module,
+        graph=graph_module.graph,
+        graph_signature=copy.deepcopy(exported.graph_signature),
+        state_dict=dict(exported.state_dict),
+        range_constraints=copy.copy(exported.range_constraints),
+        module_call_graph=exported.module_call_graph,
+        example_inputs=exported.example_inputs,
+        constants=dict(exported.constants),
+        verifiers=exported.verifiers,
+    )
+
+
+def module_path(node: Node) -> str:
+    """The module a node was traced in, such as `blocks.3.attn1`; empty at the top."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    return path.removeprefix("L['self']").lstrip(".")
+
+
+def _fake_mode(exported: ExportedProgram) -> Any:
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return value.fake_mode
+    raise ValueError("the graph holds no fake tensor, so it was not made by torch.export")

@@ -1,0 +1,187 @@
+"""A compiled denoiser as a torch module with the interface of the transformer it came from."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from turbo_opt.ir.edit import copy_exported, parameter_names, user_inputs
+
+
+def executable(
+    exported: ExportedProgram, weights: Mapping[str, Tensor], device: torch.device | str
+) -> GraphModule:
+    """The graph as a module with its weights in place, on `device`.
+
+    A graph captured on meta names meta in its factory calls and asserts: factories are sent to
+    `device`, asserts on metadata are dropped.
+
+    Args:
+        weights: every parameter and buffer by name; moved to `device` where they are not yet.
+
+    Raises:
+        ValueError: a weight is missing.
+    """
+    device = torch.device(device)
+    missing = exported.state_dict.keys() - weights.keys()
+    if missing:
+        raise ValueError(f"{len(missing)} weights are missing, the first is {min(missing)!r}")
+    root = nn.Module()
+    for name in exported.state_dict:
+        _set_weight(root, name, weights[name].to(device))
+    exported = copy_exported(exported)
+    graph = exported.graph
+    for node, name in parameter_names(exported).items():
+        with graph.inserting_before(node):
+            attribute = graph.create_node("get_attr", name)
+        node.replace_all_uses_with(attribute)
+        graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
+            node.args = (None,)
+    module = GraphModule(root, graph)
+    _send_factories_to(module, device)
+    return module
+
+
+def _send_factories_to(module: GraphModule, device: torch.device) -> None:
+    for node in module.graph.nodes:
+        if node.op == "call_function" and "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": device}
+    module.recompile()
+
+
+def _set_weight(root: nn.Module, name: str, value: Tensor) -> None:
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.register_buffer(leaf, value)
+
+
+class CompiledTransformer(nn.Module):
+    """A drop-in for `pipe.transformer` in diffusers: same call, same config, same result type.
+
+    Attributes:
+        config: the diffusers config of the model it was captured from (attribute access works).
+        dtype: dtype of latents and text embeddings it takes.
+    """
+
+    def __init__(
+        self, graph: nn.Module, config: Mapping[str, Any], dtype: torch.dtype, inputs: list[str]
+    ) -> None:
+        super().__init__()
+        from diffusers.configuration_utils import FrozenDict
+
+        self.graph = graph
+        self.config = FrozenDict(copy.deepcopy(dict(config)))
+        self.dtype = dtype
+        self.inputs = inputs
+
+    @classmethod
+    def build(
+        cls,
+        exported: ExportedProgram,
+        weights: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        device: torch.device | str,
+    ) -> CompiledTransformer:
+        """Put weights and graph together on `device`; see `executable` for what it raises."""
+        nodes = user_inputs(exported)
+        dtype = nodes[0].meta["val"].dtype
+        names = [str(node.target) for node in nodes]
+        return cls(executable(exported, weights, device), config, dtype, names)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.graph.state_dict().values())).device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledTransformer:
+        """Move to another device. Weights keep their dtypes: the graph is compiled for them.
+
+        Raises:
+            ValueError: another dtype is asked for.
+        """
+        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if dtype != self.dtype:
+            raise ValueError(f"compiled for {self.dtype}, cannot become {dtype}; compile it anew")
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(torch.empty(0, dtype=self.dtype, device=tensor.device)).device)
+
+        super()._apply(move, recurse)
+        if isinstance(self.graph, GraphModule):
+            _send_factories_to(self.graph, self.device)
+        return self
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: Mapping[str, Any] | None = None,
+        **conditions: Tensor,
+    ) -> Any:
+        """Predict the velocity for one noise level.
+
+        Args:
+            hidden_states: latents (B, C, F, H, W).
+            timestep: (B,), or (B, L) for models with a timestep per token; any real dtype.
+            encoder_hidden_states: text embeddings (B, L_text, C_text).
+            encoder_hidden_states_image: image embeddings, where the model takes them.
+            return_dict: give a `Transformer2DModelOutput` instead of a 1-tuple.
+            attention_kwargs: must be empty; adapters are merged before compiling.
+            conditions: further tensors the model takes (VACE's control_hidden_states and
+                control_hidden_states_scale).
+
+        Raises:
+            ValueError: an input is missing, unknown, or of a shape the model cannot take.
+        """
+        if attention_kwargs:
+            raise ValueError("a compiled transformer takes no attention_kwargs; merge LoRA first")
+        given = {
+            "hidden_states": hidden_states,
+            "timestep": timestep.to(torch.float32),
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_hidden_states_image": encoder_hidden_states_image,
+            **conditions,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if set(given) != set(self.inputs):
+            raise ValueError(f"the model takes {self.inputs}, got {sorted(given)}")
+        self._check_shape(hidden_states)
+        sample = self.graph(**given)[0]
+        if not return_dict:
+            return (sample,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=sample)
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """Diffusers' hook for step caches; a compiled graph keeps no state between calls."""
+        yield
+
+    def _check_shape(self, hidden_states: Tensor) -> None:
+        channels, patch = self.config["in_channels"], self.config["patch_size"]
+        if hidden_states.ndim != 5 or hidden_states.shape[1] != channels:
+            raise ValueError(
+                f"hidden_states must be (B, {channels}, F, H, W), got {tuple(hidden_states.shape)}"
+            )
+        for axis, size in zip("FHW", patch, strict=True):
+            side = hidden_states.shape["BCFHW".index(axis)]
+            if side % size:
+                raise ValueError(f"latent {axis} = {side} is not a multiple of the patch {size}")
