@@ -1,0 +1,1 @@
+"""The rewrites that make up `canonicalize`, one kind a file."""

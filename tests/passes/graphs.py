@@ -1,0 +1,41 @@
+"""Small graphs written by hand, to show a pass before and after.
+
+A function of tensors is exported; parameters are given as a dict of meta-like tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from turbo_opt.ir.printer import op_name
+from turbo_opt.ir.program import Components, Denoiser, Program
+from turbo_opt.ir.schedule import Schedule
+from turbo_opt.ir.weights import WeightStore, constant
+
+
+def program_of(function: Callable[..., Tensor], *inputs: Tensor, **weights: Tensor) -> Program:
+    """A program whose one denoiser is `function(*inputs, **weights)`, first axis dynamic."""
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in weights.items():
+                self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+        def forward(self, *arguments: Tensor) -> Tensor:
+            return function(*arguments, **{name: getattr(self, name) for name in weights})
+
+    exported = torch.export.export(Wrapped(), inputs, strict=False)
+    store = WeightStore({name: constant(value) for name, value in weights.items()})
+    denoiser = Denoiser("net", exported, store, "Wrapped", {})
+    return Program({"net": denoiser}, Schedule(()), Components("test", "Test", {}))
+
+
+def ops_of(program: Program) -> list[str]:
+    """Operators of the only denoiser in order, tuple items left out."""
+    (denoiser,) = program
+    names = [op_name(n.target) for n in denoiser.graph.nodes if n.op == "call_function"]
+    return [name for name in names if name != "getitem"]

@@ -1,0 +1,48 @@
+"""What a pass is given besides the program: the target, and a way to prove each rewrite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from turbo_opt.compiler.verification import LocalVerifier
+from turbo_opt.ir.program import Denoiser
+
+Observe = Callable[[Any], Tensor]
+"""Maps an operator's result to the tensor that is compared (dequantizes a quantized pair)."""
+
+
+@dataclass
+class PassContext:
+    """Services for one pass run.
+
+    Attributes:
+        verifier: compares each match with its replacement; None when planning without weights.
+        tick: called once for each match, for progress.
+    """
+
+    verifier: LocalVerifier | None = None
+    tick: Callable[[], None] = field(default=lambda: None)
+
+    def verify(
+        self,
+        denoiser: Denoiser,
+        before: Node,
+        after: Node,
+        inputs: Sequence[Node],
+        observe: Observe | None = None,
+    ) -> None:
+        """Run both forms on the same seeded inputs with the real weights and compare them.
+
+        Both nodes are in the graph, and both depend on nothing but `inputs` and weights.
+
+        Raises:
+            BudgetExceeded: the replacement is further off than the tier's budget, with the node.
+        """
+        self.tick()
+        if self.verifier is not None:
+            self.verifier.check(denoiser, before, after, inputs, observe)

@@ -1,0 +1,110 @@
+"""Is a pipeline in order? Asked before any work, and answered with what to move.
+
+The user's order is kept: nothing is ever reordered or added silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+from turbo_opt.compiler.base import Pass, PassOptions, get_pass, registered_passes
+from turbo_opt.compiler.pipeline import PassSpec, validate_options
+from turbo_opt.errors import BadInput
+from turbo_opt.ir.facts import Fact
+from turbo_opt.ir.program import Program
+from turbo_opt.targets import Target
+
+
+@dataclass(frozen=True)
+class PlannedPass:
+    """A pass of a checked pipeline: what was written, its class and its typed options."""
+
+    spec: PassSpec
+    pass_class: type[Pass]
+    options: PassOptions
+
+
+def validate_pipeline(
+    specs: Sequence[PassSpec],
+    *,
+    target: Target | None = None,
+    facts: frozenset[Fact] = frozenset(),
+) -> list[PlannedPass]:
+    """Check names, options, order and target of a whole pipeline.
+
+    Args:
+        facts: what holds before the first pass.
+
+    Raises:
+        BadInput: the first thing that is wrong, with the place it was written at and the remedy.
+    """
+    planned = []
+    for position, spec in enumerate(specs):
+        pass_class = _class_of(spec)
+        options = validate_options(spec)
+        _check_order(spec, pass_class, facts, specs[position + 1 :])
+        objection = pass_class.objection_to(options, target) if target is not None else None
+        if objection is not None:
+            raise spec.error(f"{spec.name}: {objection}")
+        facts = facts_after(pass_class, facts)
+        planned.append(PlannedPass(spec, pass_class, options))
+    return planned
+
+
+def check_weights(planned: Sequence[PlannedPass], program: Program) -> None:
+    """The checkpoint must hold what each pass says it needs.
+
+    Raises:
+        BadInput: a pass needs weights that no denoiser has.
+    """
+    for item in planned:
+        missing = missing_weights(item.pass_class, program)
+        if missing:
+            raise item.spec.error(
+                f"{item.spec.name} needs weights named {', '.join(missing)}, "
+                "which the checkpoint does not hold"
+            )
+
+
+def missing_weights(pass_class: type[Pass], program: Program) -> list[str]:
+    """The globs of `needs_weights` that match no weight of `program`."""
+    names = [name for denoiser in program for name in denoiser.weights]
+    return [
+        glob for glob in pass_class.needs_weights if not any(fnmatch(name, glob) for name in names)
+    ]
+
+
+def facts_after(pass_class: type[Pass], facts: frozenset[Fact]) -> frozenset[Fact]:
+    """What holds after a pass."""
+    return (facts - pass_class.invalidates) | pass_class.establishes
+
+
+def _class_of(spec: PassSpec) -> type[Pass]:
+    try:
+        return get_pass(spec.name)
+    except BadInput as error:
+        raise spec.error(str(error)) from None
+
+
+def _check_order(
+    spec: PassSpec, pass_class: type[Pass], facts: frozenset[Fact], later: Sequence[PassSpec]
+) -> None:
+    for fact in sorted(pass_class.requires - facts):
+        raise spec.error(
+            f"{spec.name} requires the fact {fact.value!r}, which does not hold here; "
+            f"{_remedy(fact, spec, later)}"
+        )
+    for fact in sorted(pass_class.conflicts & facts):
+        raise spec.error(f"{spec.name} cannot run once {fact.value!r} holds; move it up")
+
+
+def _remedy(fact: Fact, spec: PassSpec, later: Sequence[PassSpec]) -> str:
+    makers = [name for name, item in registered_passes().items() if fact in item.establishes]
+    for other in later:
+        if other.name in makers:
+            return f"move {other.name!r} before {spec.name!r}"
+    if makers:
+        return f"add {' or '.join(map(repr, makers))} before {spec.name!r}"
+    return "no pass establishes it"

@@ -1,0 +1,1 @@
+"""Recipes: their schema, how they are found, read, extended and overridden."""
