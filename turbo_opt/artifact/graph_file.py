@@ -1,0 +1,94 @@
+"""`denoisers/<name>.pt2`: a weight-free graph as torch.export writes it, read without pickle.
+
+`torch.export.load` unpickles example inputs, constants and any weight that says so. The files here
+hold none of those: what is written has none, and what is read is checked (`graph_safety`), rebuilt
+from the checked members alone, and only then given to torch.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zipfile
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+
+from turbo_opt.artifact.graph_safety import MEMBERS, check_members
+from turbo_opt.errors import BadInput
+from turbo_opt.ir.edit import copy_exported
+
+_DROPPED_META = ("stack_trace", "from_node", "torch_fn", "source_fn_stack", "custom")
+_MAX_BYTES = 2**30
+_ZIP_ERRORS = (
+    zipfile.BadZipFile, OSError, RuntimeError, ValueError, EOFError, IndexError, OverflowError,
+    struct.error,
+)  # fmt: skip
+
+
+def graph_bytes(exported: ExportedProgram) -> bytes:
+    """The file of a graph: no weights, no example inputs, no paths of this machine.
+
+    Raises:
+        BadInput: the graph holds something that `read_graph` would refuse, such as a constant.
+    """
+    exported = copy_exported(exported)
+    exported._example_inputs = None
+    exported._guards_code = []
+    for node in exported.graph.nodes:
+        for key in _DROPPED_META:
+            node.meta.pop(key, None)
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer)
+    check_members(Path("graph"), _members(Path("graph"), buffer))
+    return buffer.getvalue()
+
+
+def read_graph(path: Path) -> ExportedProgram:
+    """The graph in a file, which may come from anyone.
+
+    Raises:
+        BadInput: the file is damaged, holds more than a weight-free graph, names operators or
+            expressions that are none of ours, or is of another torch.
+    """
+    import turbo_opt.kernels  # registers the turbo_opt:: operators  # noqa: F401
+
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise BadInput(f"{path}: too large for a graph without weights")
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    members = _members(path, io.BytesIO(content))
+    check_members(path, members)
+    clean = io.BytesIO()
+    with zipfile.ZipFile(clean, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in members.items():
+            archive.writestr(f"archive/{name}", content)
+    clean.seek(0)
+    try:
+        return torch.export.load(clean)
+    except Exception as error:
+        raise BadInput(
+            f"{path}: torch {torch.__version__} cannot read this graph "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _members(path: Path, content: io.BytesIO) -> dict[str, bytes]:
+    members: dict[str, bytes] = {}
+    try:
+        with zipfile.ZipFile(content) as archive:
+            for info in archive.infolist():
+                _, _, name = info.filename.partition("/")
+                known = name in MEMBERS or re.fullmatch(r"data/weights/weight_\d+", name)
+                if not known or name in members:
+                    raise BadInput(f"{path}: {info.filename!r} does not belong in a graph file")
+                if info.file_size > _MAX_BYTES or info.compress_type != zipfile.ZIP_STORED:
+                    raise BadInput(f"{path}: {info.filename!r} is compressed or too large")
+                members[name] = archive.read(info)
+    except _ZIP_ERRORS as error:
+        raise BadInput(f"{path}: damaged, not a whole graph file ({error})") from None
+    return members

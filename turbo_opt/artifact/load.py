@@ -1,0 +1,192 @@
+"""An artifact as a module that stands in for `pipe.transformer`, samples and generates."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from turbo_opt.artifact.graph_file import read_graph
+from turbo_opt.artifact.manifest import (
+    DenoiserRecord,
+    Manifest,
+    check_sizes,
+    inside,
+    read_manifest,
+)
+from turbo_opt.artifact.shards import sha256_of
+from turbo_opt.artifact.weights_reader import StoredWeights
+from turbo_opt.errors import BadInput
+from turbo_opt.ir.schedule import Schedule
+from turbo_opt.ir.weights import dtype_name
+from turbo_opt.runtime.limits import LatentLimits, latent_limits
+from turbo_opt.runtime.module import CompiledTransformer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class LoadedArtifact(nn.Module):
+    """A compiled model, ready to run.
+
+    It is its own first denoiser: `pipe.transformer = turbo_opt.load(path)` works, and so does
+    `pipe.transformer = turbo_opt.load(path).transformer`. Of a pair of experts, the second is
+    `artifact.transformers["transformer_2"]`.
+
+    Attributes:
+        path: the directory it was read from.
+        manifest: the checked manifest.
+        transformers: every denoiser by name.
+        schedule: the sampling loop as data.
+        limits: how large the latents of one call may be.
+        components: diffusers folder given to `load` instead of the recorded one, or None.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        transformers: dict[str, CompiledTransformer],
+        limits: LatentLimits,
+        components: str | None,
+    ) -> None:
+        super().__init__()
+        self.path = path
+        self.manifest = manifest
+        self._networks = nn.ModuleDict(transformers)
+        self.limits = limits
+        self.components = components
+        self.schedule: Schedule = manifest.schedule.build()
+        self._pipeline: Any = None
+
+    @property
+    def transformers(self) -> dict[str, CompiledTransformer]:
+        """Every denoiser by name."""
+        return dict(self._networks.items())  # type: ignore[arg-type]
+
+    @property
+    def transformer(self) -> CompiledTransformer:
+        """The first denoiser, or the only one."""
+        return self.transformers[min(self.transformers)]
+
+    @property
+    def scheduler(self) -> Any:
+        """A new diffusers scheduler that takes this artifact's steps: `pipe.scheduler = …`."""
+        from turbo_opt.runtime.scheduler import scheduler_for
+
+        return scheduler_for(self.schedule)
+
+    @property
+    def config(self) -> Any:
+        """The diffusers config of the first denoiser."""
+        return self.transformer.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of latents and text embeddings."""
+        return self.transformer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the first denoiser; see `CompiledTransformer.forward`."""
+        return self.transformer(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
+        """Diffusers' hook for step caches; see `CompiledTransformer.cache_context`."""
+        with self.transformer.cache_context(name, **kwargs):
+            yield
+
+    def generate(self, prompt: str, **options: Any) -> np.ndarray:
+        """Frames (F, H, W, 3) uint8 for a prompt; see `turbo_opt.runtime.generate.generate`."""
+        from turbo_opt.runtime.generate import generate
+
+        return generate(self, prompt, **options)
+
+    def as_pipeline(self) -> Any:
+        """The original diffusers pipeline around this model; see `runtime.components`."""
+        from turbo_opt.runtime.components import as_pipeline
+
+        return as_pipeline(self)
+
+
+def load(
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    components: Path | str | None = None,
+    check: bool = False,
+) -> LoadedArtifact:
+    """Read an artifact onto a device, one weight at a time.
+
+    Args:
+        path: an artifact directory; it may come from anyone, nothing in it is executed.
+        device: where graphs and weights go.
+        components: diffusers folder or hub id with text encoder and VAE, if not the recorded one.
+        check: also compare every file's SHA-256 (sizes always are).
+
+    Raises:
+        BadInput: it is no artifact, is damaged, or was written by a newer turbo_opt.
+    """
+    root = Path(path).expanduser()
+    manifest = read_manifest(root)
+    check_sizes(root, manifest)
+    if check:
+        check_digests(root, manifest)
+    transformers, limits = {}, []
+    for name, record in manifest.denoisers.items():
+        transformers[name], limit = load_denoiser(root, name, record, device)
+        limits.append(limit)
+    smallest = LatentLimits.smallest(limits)
+    given = str(components) if components is not None else None
+    return LoadedArtifact(root, manifest, transformers, smallest, given)
+
+
+def load_denoiser(
+    root: Path, name: str, record: DenoiserRecord, device: torch.device | str
+) -> tuple[CompiledTransformer, LatentLimits]:
+    """One network of an artifact, and how large its latents may be.
+
+    Raises:
+        BadInput: graph and weights do not belong together, or one of them is damaged.
+    """
+    path = inside(root, record.graph)
+    exported = read_graph(path)
+    expected = {
+        key: (tuple(meta.shape), dtype_name(meta.dtype))
+        for key, meta in exported.state_dict.items()
+    }
+    stored = {key: (entry.shape, entry.dtype) for key, entry in record.tensors.items()}
+    for key in sorted(expected.keys() | stored.keys()):
+        if expected.get(key) != stored.get(key):
+            raise BadInput(
+                f"{path}: the graph of {name!r} and the manifest differ in weight {key!r}: "
+                f"{expected.get(key)} and {stored.get(key)}"
+            )
+    weights = StoredWeights(root, record, device)
+    transformer = CompiledTransformer.build(exported, weights, record.config, device)
+    if dtype_name(transformer.dtype) != record.dtype:
+        raise BadInput(f"{path}: the graph is {transformer.dtype}, the manifest {record.dtype}")
+    return transformer, latent_limits(exported, record.config)
+
+
+def check_digests(root: Path, manifest: Manifest) -> None:
+    """Every file's content is what was saved.
+
+    Raises:
+        BadInput: one is not; the message names it.
+    """
+    for path, record in manifest.files.items():
+        found = sha256_of(inside(root, path))
+        if found != record.sha256:
+            raise BadInput(
+                f"{root / path}: damaged, its SHA-256 is {found[:12]}…, "
+                f"the manifest says {record.sha256[:12]}…"
+            )
