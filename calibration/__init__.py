@@ -1,0 +1,1 @@
+"""Everything learned from data: tuning, distillation, merging weights, quantization scales."""
