@@ -51,15 +51,17 @@ def _match_identity(node: Node, denoiser: Denoiser) -> Found | None:
         node.meta.get("val"), Tensor
     ):
         return None
+    inputs = tuple(node.all_input_nodes)
     if node.target is aten.type_as.default and dtype_of(source) != dtype_of(node):
-        return Found(node, node, (source,), {"cast_to": dtype_of(node)})
+        return Found(node, node, inputs, {"source": source, "cast_to": dtype_of(node)})
     if _returns_its_argument(node, source):
-        return Found(node, node, (source,), {})
+        return Found(node, node, inputs, {"source": source})
     return None
 
 
 def _replace_identity(found: Found, editor: Editor) -> Node:
-    (source,) = found.inputs
+    source = found.parts["source"]
+    assert isinstance(source, Node)
     if "cast_to" in found.parts:
         return editor.call(aten.to.dtype, source, found.parts["cast_to"])
     return source

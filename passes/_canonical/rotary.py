@@ -56,7 +56,9 @@ def _match_half_writes(node: Node, denoiser: Denoiser) -> Found | Miss | None:
         return Miss("only one interleaved half of an empty tensor is written")
     if len(readers) != 1 or readers[0].op != "call_function":
         return Miss("the written tensor has not exactly one reader")
-    return Found(node, readers[0], (halves[0], halves[1]), {"buffer": node})
+    others = {*node.all_input_nodes, *readers[0].all_input_nodes} - {node}
+    parts = {"buffer": node, "halves": (halves[0], halves[1])}
+    return Found(node, readers[0], (halves[0], halves[1], *others), parts)
 
 
 def _half_of(view: Node, last_dim: int) -> int | None:
@@ -73,7 +75,7 @@ def _interleave(found: Found, editor: Editor) -> Node:
     dtype = dtype_of(buffer)
     halves = [
         half if dtype_of(half) == dtype else editor.call(aten.to.dtype, half, dtype)
-        for half in found.inputs
+        for half in found.parts["halves"]
     ]
     pairs = editor.call(aten.stack.default, halves, -1)
     whole = editor.call(aten.flatten.using_ints, pairs, -2)
