@@ -12,11 +12,17 @@ from turbo_opt._version import __version__
 
 if TYPE_CHECKING:
     from turbo_opt.artifact.load import load as load
-    from turbo_opt.capture import capture as capture
+    from turbo_opt.artifact.save import save as save
+    from turbo_opt.artifact.verify import verify as verify
+    from turbo_opt.compiler.build import build as build
+    from turbo_opt.config.loader import load_recipe as load_recipe
 
 _LAZY = {
-    "capture": "turbo_opt.capture",
+    "build": "turbo_opt.compiler.build",
     "load": "turbo_opt.artifact.load",
+    "load_recipe": "turbo_opt.config.loader",
+    "save": "turbo_opt.artifact.save",
+    "verify": "turbo_opt.artifact.verify",
 }
 
 __all__ = ["__version__", *sorted(_LAZY)]

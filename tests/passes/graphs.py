@@ -29,6 +29,8 @@ def program_of(function: Callable[..., Tensor], *inputs: Tensor, **weights: Tens
             return function(*arguments, **{name: getattr(self, name) for name in weights})
 
     exported = torch.export.export(Wrapped(), inputs, strict=False)
+    for name, value in weights.items():
+        exported.state_dict[name] = nn.Parameter(value.to("meta"), requires_grad=False)
     store = WeightStore({name: constant(value) for name, value in weights.items()})
     denoiser = Denoiser("net", exported, store, "Wrapped", {})
     return Program({"net": denoiser}, Schedule(()), Components("test", "Test", {}))

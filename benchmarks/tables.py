@@ -1,0 +1,123 @@
+"""The tables of README.md, written from benchmarks/results/ and from the pass registry.
+
+python -m benchmarks.tables          # rewrites what stands between the markers
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.results import RESULTS, ROOT, Record, read
+from turbo_opt.compiler.base import registered_passes
+
+README = ROOT / "README.md"
+_MODELS = {
+    "wan2.1-t2v-1.3b-480p": "1.3B, 480p, 81 frames",
+    "wan2.1-t2v-14b-720p": "14B, 720p, 81 frames",
+}
+_CONFIGURATIONS = {
+    "diffusers-eager": "diffusers, bf16",
+    "diffusers-compiled": "diffusers, bf16, torch.compile",
+    "captured": "captured, no pass",
+    "fuse-norms": "`canonicalize`, `fuse-norms`",
+    "fp8-block": "… `quantize-linear{scheme=fp8-block}`, `fuse-norm-quantize`",
+    "int8-block": "… `quantize-linear{scheme=int8-block}`, `fuse-norm-quantize`",
+}
+
+
+def passes() -> str:
+    """Name, tier, what it does."""
+    lines = ["| pass | tier | what it does |", "| --- | --- | --- |"]
+    for name, item in registered_passes().items():
+        lines.append(f"| `{name}` | {item.numerics.value} | {item.summary().rstrip('.')} |")
+    return "\n".join(lines)
+
+
+def forward() -> str:
+    """One forward of each full-size model, configuration by configuration."""
+    records = {record.name: record for record in read(RESULTS / "forward.json")}
+    lines = []
+    for model, title in _MODELS.items():
+        rows = {
+            key: records[f"h200/{model}/{key}/forward_ms"]
+            for key in _CONFIGURATIONS
+            if f"h200/{model}/{key}/forward_ms" in records
+        }
+        eager = rows["diffusers-eager"].value
+        lines += [
+            f"**{title}**, one H200, random weights:",
+            "",
+            "| | ms | against eager | SQNR of the output | weights | peak memory |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+            *(_forward_row(key, record, eager) for key, record in rows.items()),
+            "",
+        ]
+    return "\n".join(lines).strip()
+
+
+def _forward_row(key: str, record: Record, eager: float) -> str:
+    sqnr = record.quality.get("sqnr_db_vs_eager_bf16")
+    quality = "" if sqnr is None else "bitwise" if sqnr >= 200 else f"{sqnr:.1f} dB"
+    weights = record.config["weight_gib"]
+    return (
+        f"| {_CONFIGURATIONS[key]} | {record.value:.0f} ± {record.spread:.0f} | "
+        f"{eager / record.value:.2f}× | {quality} | "
+        f"{f'{weights:.1f} GiB' if weights else ''} | {record.config['peak_gib']:.1f} GiB |"
+    )
+
+
+def linear() -> str:
+    """The block-scaled products at the models' shapes."""
+    lines = [
+        "| tokens × in × out | scheme | provider | TFLOP/s or TOPS | bf16 linear, same run |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    for record in read(RESULTS / "kernels.json"):
+        _, kernel, *rest = record.name.split("/")
+        if kernel == "block_linear":
+            scheme, shape, provider = rest[:3]
+            lines.append(
+                f"| {shape.replace('x', ' × ')} | {scheme} | {provider} | {record.value:.0f} | "
+                f"{record.baseline['bf16_linear']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def compilation() -> str:
+    """What compiling costs on a small machine."""
+    lines = ["| | | |", "| --- | ---: | --- |"]
+    for record in read(RESULTS / "compile_large.json"):
+        name = (
+            record.name.removeprefix("cpu/").replace("/", ", ").replace("_s", "").replace("_", " ")
+        )
+        against = f"{record.ceiling.value:.0f} s: {record.ceiling.what}" if record.ceiling else ""
+        lines.append(f"| {name} | {record.value:.1f} {record.unit} | {against} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "passes": passes,
+    "forward": forward,
+    "linear": linear,
+    "compilation": compilation,
+}
+
+
+def filled(text: str) -> str:
+    """`text` with every marked table made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = pattern.sub(lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text)
+    return text
+
+
+def main() -> None:
+    """Rewrite README.md."""
+    path = Path(README)
+    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
