@@ -8,13 +8,13 @@ from ..errors import OperatorInputError
 from ..schemes import BLOCK, blocks, check_in_features, scheme_named
 from .reference import scale_of, to_quantized
 
-BAND = 8 * BLOCK  # rows quantized at once: bounds the float32 copies to a few bands
+BAND = BLOCK  # rows quantized at once: a band in float32 stays in the cache
 
 
 def quantize_weight(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a linear layer's weight in 128×128 blocks.
 
-    Needs memory for the result and a few bands of 1024 rows in float32, whatever the size.
+    Needs memory for the result and a few bands of 128 rows in float32, whatever the size.
 
     Args:
         weight: (N, K) of any floating dtype, K a multiple of 128. N may be anything.
