@@ -192,12 +192,17 @@ class WeightStore(MutableMapping[str, LazyTensor]):
         """Yield every (name, tensor), computing each expression once.
 
         Outputs of one transform come one after the other, so that quantizing a layer reads and
-        rounds its weight once for values and scales. Memory: the tensors of one expression.
+        rounds its weight once for values and scales. Memory: the tensors of one expression; the
+        files of the next one are read ahead into the system's cache.
         """
         groups: dict[str, list[str]] = {}
         for name, tensor in self._tensors.items():
             groups.setdefault(tensor.producer, []).append(name)
-        for names in groups.values():
+        ordered = list(groups.values())
+        for index, names in enumerate(ordered):
+            if index + 1 < len(ordered):
+                for source in self._tensors[ordered[index + 1][0]].sources():
+                    SafetensorsFile.open(source.attrs["path"]).prefetch(source.attrs["key"])
             outputs = self._tensors[names[0]].load_all()
             for name in names:
                 yield name, outputs[self._tensors[name].output]

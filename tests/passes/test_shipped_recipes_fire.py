@@ -1,0 +1,49 @@
+"""Every shipped recipe, run on a small model of its own variant: its passes fire and fit."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.variants import VARIANTS, captured_program
+from turbo_opt.compiler.manager import PassManager, Verification
+from turbo_opt.compiler.validation import validate_pipeline
+from turbo_opt.config.loader import load_recipe
+from turbo_opt.config.lookup import list_recipes
+from turbo_opt.ir.weights import dtype_from_name
+from turbo_opt.targets import get_target
+
+_VARIANT_OF = {
+    "tiny-wan": "t2v",
+    "wan2.1-t2v": "t2v",
+    "wan2.1-i2v": "i2v",
+    "wan2.1-flf2v": "flf2v",
+    "wan2.1-vace": "vace",
+    "wan2.2-t2v": "t2v",
+    "wan2.2-i2v": "i2v-without-image-tokens",
+    "wan2.2-ti2v": "ti2v",
+}
+SHIPPED = sorted(info.name for info in list_recipes() if info.error is None)
+
+
+def variant_of(recipe_name):
+    prefix = max((p for p in _VARIANT_OF if recipe_name.startswith(p)), key=len)
+    return VARIANTS[_VARIANT_OF[prefix]]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_passes_of_a_shipped_recipe_fire_on_its_kind_of_model(name):
+    recipe = load_recipe(name)
+    planned = validate_pipeline(recipe.specs(), target=get_target(recipe.target))
+    program = captured_program(variant_of(name), dtype_from_name(recipe.model.dtype))
+    before = program.weight_bytes
+    after = PassManager(planned, verification=Verification("off")).run(program)
+    assert all(record["matches"] for record in after.history)
+    assert after.weight_bytes < before
+
+
+def test_every_model_of_the_family_has_a_recipe_for_every_machine():
+    models = {name.split("/")[0] for name in SHIPPED}
+    assert len(models) == 11
+    for model in models:
+        targets = {name.split("/")[1] for name in SHIPPED if name.startswith(f"{model}/")}
+        assert targets == {"cpu", "h200", "rtx4090", "rtx5090"}
