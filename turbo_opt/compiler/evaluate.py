@@ -44,8 +44,10 @@ class PieceEvaluator:
         inputs = set(inputs)
         self._weights = parameter_names(self._denoiser.exported)
         values: dict[Node, Any] = {}
+        self._computed: dict[str, Sequence[Tensor]] = {}
         for node in self._needed(outputs, inputs):
             values[node] = self._value(node, node in inputs, values)
+        self._computed.clear()
         return [values[node] for node in outputs]
 
     def _value(self, node: Node, given: bool, values: Mapping[Node, Any]) -> Any:
@@ -53,13 +55,20 @@ class PieceEvaluator:
         if isinstance(fake, (torch.SymInt, int)) and not isinstance(fake, bool):
             return self.concrete(fake)
         if node in self._weights:
-            return self._denoiser.weights[self._weights[node]].load()
+            return self._weight(self._weights[node])
         if given or node.op == "placeholder":
             return self._random(node, fake)
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _weight(self, name: str) -> Tensor:
+        """A weight; values and scales of one quantization are computed once in a run."""
+        tensor = self._denoiser.weights[name]
+        if tensor.producer not in self._computed:
+            self._computed[tensor.producer] = tensor.load_all()
+        return self._computed[tensor.producer][tensor.output]
 
     def _random(self, node: Node, fake: Any) -> Any:
         if not isinstance(fake, Tensor):
