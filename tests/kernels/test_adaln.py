@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import DTYPES, LEAST_SQNR_DB, assert_opcheck, run_by, sqnr_db
 
+from tests.kernels.kernel_checks import DTYPES, LEAST_SQNR_DB, assert_opcheck, run_by, sqnr_db
 from turbo_opt.kernels import OperatorInputError, adaln
 
 EPS = 1e-6

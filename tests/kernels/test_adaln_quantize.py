@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import DTYPES, assert_opcheck, assert_quantized_alike, run_by
 
+from tests.kernels.kernel_checks import DTYPES, assert_opcheck, assert_quantized_alike, run_by
 from turbo_opt.kernels import (
     SCHEMES,
     OperatorInputError,

@@ -6,8 +6,8 @@ import importlib
 
 import pytest
 import torch
-from kernel_checks import assert_opcheck, relative_error, run_by
 
+from tests.kernels.kernel_checks import assert_opcheck, relative_error, run_by
 from turbo_opt.kernels import (
     SCHEMES,
     OperatorInputError,

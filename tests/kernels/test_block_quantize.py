@@ -6,8 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DTYPES, assert_opcheck, assert_quantized_alike, run_by, sqnr_db
 
+from tests.kernels.kernel_checks import (
+    DTYPES,
+    assert_opcheck,
+    assert_quantized_alike,
+    run_by,
+    sqnr_db,
+)
 from turbo_opt.kernels import (
     SCHEMES,
     OperatorInputError,
