@@ -1,6 +1,7 @@
 """Run a piece of a captured graph on the CPU, with real weights and seeded inputs.
 
-Symbolic sizes take small fixed values, so that a piece of a 14B model runs in milliseconds.
+Symbolic sizes take small fixed values, so that a piece of a 14B model costs little
+beyond reading its weights.
 """
 
 from __future__ import annotations
