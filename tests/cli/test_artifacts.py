@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -126,11 +127,19 @@ def test_demo_compares_before_and_after_and_runs_again(recipe, work):
         "background",
     }
     html = (out / "report.html").read_text()
-    assert html.count("data:image/png;base64,") >= 8
+    assert html.count("data:image/png;base64,") == 12
+    assert html.count("data:video/mp4;base64,") == 2
+    tiles = dict(re.findall(r'class="tile"><b>(.*?)</b><span>([\w-]+)', html))
+    assert list(tiles.values()) == ["speed-up", "PSNR", "SQNR", "weights"]
+    for text in (str(recipe), record["machine"], "5 frames of 32×32", "says nothing about a GPU"):
+        assert text in html
+    assert "Before and after" in html
+    assert "shows what the prompt asks (colour, shape, motion, background)" in html
     (out / "notes.txt").write_text("mine")
     again = invoke("demo", "--recipe", recipe, "--device", "cpu", "--prompt", "a dog")
     assert again.exit_code == 0, again.stderr
     assert "not a caption of tiny-wan" in again.stdout
+    assert "shows what the prompt asks" not in (out / "report.html").read_text()
     assert "seconds per clip" in again.stdout
     assert (out / "notes.txt").read_text() == "mine"
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,6 +82,90 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 
     error = float(np.square(one.astype(np.float64) - other.astype(np.float64)).mean())
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+def report_entries(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a demo's record adds to the report of its artifact, see `artifact.report`."""
+    from turbo_opt.cli.tables import decibels, seconds, size
+
+    metrics, totals = record["metrics"], record["totals"]
+    before, after = metrics["seconds_per_clip_before"], metrics["seconds_per_clip_after"]
+    bytes_before, bytes_after = totals["weight_bytes_before"], totals["weight_bytes_after"]
+    speed = f"{metrics['speed_up']:.2f}×"
+    rows = [
+        ("time per clip", seconds(before), seconds(after), f"{speed} as fast"),
+        (
+            "weights",
+            size(bytes_before),
+            size(bytes_after),
+            f"{bytes_after / bytes_before:.0%} of the bytes",
+        ),
+    ]
+    detected = metrics["detected"]
+    if detected["before"] is not None:
+        asked = f"shows what the prompt asks ({', '.join(detected['before'])})"
+        rows.append((asked, _kept(detected["before"]), _kept(detected["after"]), ""))
+    notes = ["Both clips have the same prompt, first noise and sampling steps."]
+    if record["device"] == "cpu":
+        notes.append(
+            "Measured on a CPU, where operators without a CPU kernel run as their reference "
+            "implementation: the speed-up says nothing about a GPU."
+        )
+    return {
+        "context": {
+            "measured on": record["machine"],
+            "prompt": f"{record['prompt']} (seed {record['seed']})",
+            "clip": record["clip"],
+        },
+        "metrics": {
+            f"speed-up, {seconds(before)} → {seconds(after)} per clip": speed,
+            "PSNR between the clips": psnr_text(metrics["psnr_db"]),
+            **{
+                f"SQNR of one evaluation, {name}": decibels(value)
+                for name, value in totals["end_to_end_sqnr_db"].items()
+            },
+        },
+        "comparison": [
+            dict(zip(("measure", "before", "after", "change"), row, strict=True)) for row in rows
+        ],
+        "notes": notes,
+    }
+
+
+def _kept(found: Mapping[str, bool]) -> str:
+    missing = [name for name, right in found.items() if not right]
+    kept = f"{len(found) - len(missing)} of {len(found)}"
+    return f"{kept}, not {', '.join(missing)}" if missing else kept
+
+
+def machine(device: str) -> str:
+    """The GPU, or the processor and the threads that torch uses, for people to read."""
+    import torch
+
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.machine()
+
+
+def clip_text(clip: np.ndarray) -> str:
+    """`17 frames of 96×96`."""
+    count, height, width, _ = clip.shape
+    return f"{count} frames of {width}×{height}"
+
+
+def psnr_text(value: float | str) -> str:
+    """A PSNR as people read it; infinity, or its name in JSON, is `identical`."""
+    return "identical" if value == "Infinity" else f"{float(value):.1f} dB"
 
 
 def verdict(clip: np.ndarray, prompt: str) -> dict[str, bool] | None:

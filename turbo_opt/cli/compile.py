@@ -114,7 +114,9 @@ def compile_recipe(work: Compilation, board: Board) -> Compiled:
         resume=work.resume,
         overwrite=work.overwrite,
         progress=lambda stage, done, total: saving.update(done, total),
-        report={"metrics": {f"{k}, end to end": decibels(v) for k, v in end_to_end.items()}},
+        report={
+            "metrics": {f"SQNR of one evaluation, {k}": decibels(v) for k, v in end_to_end.items()}
+        },
     )
     written = built.optimized.weight_bytes
     saving.finish(f"{size(written)}, {size(written / (time.perf_counter() - began))}/s")

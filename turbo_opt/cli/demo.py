@@ -67,7 +67,7 @@ def demo(
     _check_folder(out)
 
     from turbo_opt.artifact.load import load
-    from turbo_opt.cli.before_after import compare, unoptimized, warm_up
+    from turbo_opt.cli.before_after import clip_text, compare, machine, unoptimized, warm_up
     from turbo_opt.cli.compile import Compilation, compile_recipe
 
     check_artifact_place(out / "artifact", overwrite=True)
@@ -89,8 +89,10 @@ def demo(
         **compiled.to_json(),
         "recipe": recipe or _recipe_for(device),
         "device": device,
+        "machine": machine(device),
         "prompt": prompt,
         "seed": seed,
+        "clip": clip_text(clips["after"]),
         "metrics": metrics,
         "seconds": time.perf_counter() - started,
     }
@@ -148,30 +150,22 @@ def _write(
     out: Path, artifact: LoadedArtifact, clips: dict[str, np.ndarray], record: dict[str, Any]
 ) -> None:
     from turbo_opt.artifact.report import render_report, report_data
+    from turbo_opt.cli.before_after import report_entries
     from turbo_opt.runtime.generate import clip_options
     from turbo_opt.runtime.video import write_video
 
     options = clip_options(artifact)
     for name, clip in clips.items():
         write_video(clip, out / f"{name}.mp4", options.fps)
-    metrics = record["metrics"]
-    shown = {
-        "seconds per clip, before": metrics["seconds_per_clip_before"],
-        "seconds per clip, after": metrics["seconds_per_clip_after"],
-        "speed-up": metrics["speed_up"],
-        "PSNR between the clips": _psnr(metrics["psnr_db"]),
-        **{f"detected, {name}": _seen(found) for name, found in metrics["detected"].items()},
-    }
-    notes = [f"Prompt: {record['prompt']} (seed {record['seed']}, on {record['device']})"]
-    data = report_data(artifact.manifest) | {"metrics": shown, "notes": notes}
-    pages = render_report(data, clips)
+    data, added = report_data(artifact.manifest), report_entries(record)
+    told = data["context"].get("recipe")
+    recipe = {"recipe": f"{record['recipe']} ({told})" if told else record["recipe"]}
+    data |= added | {"context": data["context"] | recipe | added["context"]}
+    videos = {name: (out / f"{name}.mp4").read_bytes() for name in clips}
+    pages = render_report(data, clips, videos)
     pages["report.json"] = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     for name, text in pages.items():
         (out / name).write_text(text, encoding="utf-8")
-
-
-def _psnr(value: float | str) -> str:
-    return "identical" if value == "Infinity" else f"{value:.1f} dB"
 
 
 def _seen(found: dict[str, bool] | None) -> str:
@@ -181,6 +175,7 @@ def _seen(found: dict[str, bool] | None) -> str:
 
 
 def _show(session: Session, out: Path, record: dict[str, Any]) -> None:
+    from turbo_opt.cli.before_after import psnr_text
     from turbo_opt.cli.tables import decibels, near_miss_lines, pairs, pass_table, seconds, size
 
     metrics, totals = record["metrics"], record["totals"]
@@ -188,7 +183,7 @@ def _show(session: Session, out: Path, record: dict[str, Any]) -> None:
     values = {
         "weights": f"{size(totals['weight_bytes_before'])} → {size(totals['weight_bytes_after'])}",
         "seconds per clip": f"{seconds(before)} → {seconds(after)}, {metrics['speed_up']:.2f}×",
-        "PSNR between the clips": _psnr(metrics["psnr_db"]),
+        "PSNR between the clips": psnr_text(metrics["psnr_db"]),
         **{
             f"end to end, {name}": decibels(value)
             for name, value in totals["end_to_end_sqnr_db"].items()
