@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,10 @@ from turbo_opt.compiler.manager import PassManager, Verification
 from turbo_opt.compiler.pipeline import parse_pipeline
 from turbo_opt.compiler.validation import validate_pipeline
 from turbo_opt.ir.program import Components, Denoiser, Program
-from turbo_opt.ir.schedule import Schedule
+from turbo_opt.ir.schedule import Schedule, Step
 from turbo_opt.ir.weights import LazyTensor, WeightStore, cast, constant
 from turbo_opt.runtime.module import CompiledTransformer
+from turbo_opt.runtime.sampler import initial_latents, sample
 
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
@@ -79,12 +82,26 @@ CASES = {
         runs=2,
     ),
 }
+_SPARSE = "sparse-attention{{mode={mode} topk=0.1 block_q=64 block_k=128{pv}}}"
+_FUSED = (
+    "canonicalize,fuse-norms,{attention}fuse-qk-norm-rope,quantize-linear{{scheme={scheme}}},"
+    "fuse-norm-quantize,fuse-qkv,fuse-epilogues,hoist-invariants"
+)
+_SAGESLA = _SPARSE.format(mode="sagesla", pv=" pv=fp8") + ","
 PIPELINES = {
     "captured": "",
     "fuse-norms": "canonicalize,fuse-norms",
     "fp8-block": "canonicalize,fuse-norms,quantize-linear{scheme=fp8-block},fuse-norm-quantize",
     "int8-block": "canonicalize,fuse-norms,quantize-linear{scheme=int8-block},fuse-norm-quantize",
+    "fused-fp8": _FUSED.format(attention="", scheme="fp8-block"),
+    "sla-bf16": "canonicalize,fuse-norms," + _SPARSE.format(mode="sla", pv=""),
+    "sagesla-fp8": _FUSED.format(attention=_SAGESLA, scheme="fp8-block"),
+    "sagesla-int8": _FUSED.format(attention=_SAGESLA, scheme="int8-block"),
 }
+"""Configurations by name. Sparse attention computes another function than dense: what rounds in it
+is judged against `sla-bf16`, which keeps the same share of blocks in 16 bits."""
+SPARSE_REFERENCE = "sla-bf16"
+STEPS = 4
 
 
 class Bench:
@@ -100,6 +117,7 @@ class Bench:
             model = diffusers.WanTransformer3DModel(**case.config).eval()
         self.graph = export_denoiser("WanTransformer3DModel", case.config, self.dtype, False)
         self.weights = self._random_weights()
+        self.projections = self._random_projections()
         model.load_state_dict(
             {k: v for k, v in self.weights.items() if k not in self.graph.tables},
             strict=False,
@@ -126,11 +144,14 @@ class Bench:
             block.compile(dynamic=False)
         return self.eager()
 
-    def optimized(self, pipeline: str) -> tuple[Callable[[], Tensor], int]:
-        """Our graph after `pipeline`, and the bytes of its weights on the device."""
+    def optimized(self, pipeline: str) -> tuple[CompiledTransformer, int]:
+        """Our graph after `pipeline` as a module, and the bytes of its weights on the device."""
+        unread = WeightStore(
+            {name: _leaf(name, tensor) for name, tensor in self.projections.items()}
+        )
         denoiser = Denoiser(
             "transformer", self.graph.exported, self._store(), "WanTransformer3DModel",
-            self.case.config,
+            self.case.config, unread=unread,
         )  # fmt: skip
         program = Program({"transformer": denoiser}, Schedule(()), Components("", "", {}))
         planned = validate_pipeline(parse_pipeline(pipeline))
@@ -142,9 +163,28 @@ class Bench:
         weights = {name: self._on_device(item) for name, item in denoiser.weights.items()}
         size = sum(tensor.nbytes for tensor in weights.values())
         module = CompiledTransformer.build(
-            denoiser.exported, weights, self.case.config, self.device
+            denoiser.exported, weights, self.case.config, self.device, denoiser.stages
         )
-        return lambda: module(**self.inputs, return_dict=False)[0], size
+        return module, size
+
+    def call(self, module: CompiledTransformer) -> Callable[[], Tensor]:
+        """One evaluation on the benchmark's inputs."""
+        return lambda: module(**self.inputs, return_dict=False)[0]
+
+    def clip(self, module: CompiledTransformer) -> Callable[[], Tensor]:
+        """The denoising of one clip by four rCM steps: all but text encoder and VAE."""
+        schedule = four_steps()
+        generator = torch.Generator(self.device).manual_seed(0)
+        shape = tuple(self.inputs["hidden_states"].shape)
+        latents = initial_latents(schedule, shape, generator, self.device)
+        prompt = self.inputs["encoder_hidden_states"]
+
+        def run() -> Tensor:
+            return sample(
+                {"transformer": module}, schedule, prompt, latents=latents, generator=generator
+            )
+
+        return run
 
     def release_reference(self) -> None:
         """Drop the diffusers model's compiled code, keep the shared weights."""
@@ -173,20 +213,31 @@ class Bench:
             weights[name] = tensor
         return weights
 
+    def _random_projections(self) -> dict[str, Tensor]:
+        """What a checkpoint tuned for sparse-linear attention holds besides: proj_l, float32."""
+        generator = torch.Generator(self.device).manual_seed(1)
+        weights: dict[str, Tensor] = {}
+        for layer in range(self.case.config["num_layers"]):
+            for leaf, shape in (("weight", (128, 128)), ("bias", (128,))):
+                tensor = torch.empty(shape, device=self.device)
+                tensor.normal_(0, 0.02, generator=generator)
+                weights[f"blocks.{layer}.attn1.proj_l.{leaf}"] = tensor
+        return weights
+
     def _store(self) -> WeightStore:
         store = WeightStore()
         for name, meta in self.graph.exported.state_dict.items():
             if name in self.graph.tables:
                 store[name] = constant(self.graph.tables[name])
             else:
-                leaf = LazyTensor(tuple(meta.shape), meta.dtype, "file", {"path": "", "key": name})
-                store[name] = cast(leaf, meta.dtype)
+                store[name] = cast(_leaf(name, meta), meta.dtype)
         return store
 
     def _on_device(self, tensor: LazyTensor) -> Tensor:
         def leaf(item: LazyTensor) -> Tensor:
             if item.op == "file":
-                return self.weights[item.attrs["key"]]
+                key = item.attrs["key"]
+                return self.weights[key] if key in self.weights else self.projections[key]
             assert item.value is not None
             return item.value.to(self.device)
 
@@ -196,12 +247,27 @@ class Bench:
         return torch.randn(shape, device=self.device).to(self.dtype)
 
 
+def _leaf(name: str, like: Tensor) -> LazyTensor:
+    return LazyTensor(tuple(like.shape), like.dtype, "file", {"path": "", "key": name})
+
+
+def four_steps() -> Schedule:
+    """rCM's four steps, τ = atan 80, 1.5, 1.4, 1.0, 0 (arXiv 2510.08431), without guidance."""
+    angles = [math.atan(80.0), 1.5, 1.4, 1.0, 0.0]
+    times = [math.sin(angle) / (math.cos(angle) + math.sin(angle)) for angle in angles]
+    steps = tuple(
+        Step(time, following, 1000 * time, "transformer", None, "rcm-sde")
+        for time, following in pairwise(times)
+    )
+    return Schedule(steps, initial_noise_scale=times[0])
+
+
 def measure(bench: Bench, call: Callable[[], Tensor]) -> tuple[Timing, Tensor, int]:
     """Time a forward; also its output and the peak of device memory while it ran."""
     cuda = bench.device.type == "cuda"
     with torch.no_grad(), sdpa_kernel(ATTENTION, set_priority=True):
-        output = call()
-        if bench.case.runs > 3:
+        output = call().clone()
+        for _ in range(2):  # a CUDA graph is captured at the second call
             call()
         if cuda:
             torch.cuda.synchronize()
@@ -261,22 +327,45 @@ def run(case: Case, session: Session, only: list[str], out: Path) -> None:
         baseline["diffusers-compiled"] = timing.ms
         _keep(
             bench, out, "diffusers-compiled", timing, peak, floors["bf16"],
-            quality=sqnr_db(reference, output), baseline=baseline,
+            quality={"sqnr_db_vs_eager_bf16": sqnr_db(reference, output)}, baseline=baseline,
         )  # fmt: skip
         bench.release_reference()
     reference_bytes = sum(tensor.nbytes for tensor in bench.weights.values())
+    sparse_reference: Tensor | None = None
     for name, pipeline in PIPELINES.items():
         if only and name not in only:
             continue
-        call, weight_bytes = bench.optimized(pipeline)
-        timing, output, peak = measure(bench, call)
+        module, weight_bytes = bench.optimized(pipeline)
+        timing, output, peak = measure(bench, bench.call(module))
         shared = reference_bytes if weight_bytes < reference_bytes else 0
+        sparse = "sparse-attention" in pipeline
+        if name == SPARSE_REFERENCE:
+            sparse_reference = output
+        other = sparse_reference if sparse else reference
+        against = f"sqnr_db_vs_{SPARSE_REFERENCE if sparse else 'eager-bf16'}".replace("-", "_")
+        quality = {} if other is None else {against: sqnr_db(other, output)}
+        common = {"baseline": baseline, "weight_bytes": weight_bytes}
         _keep(
-            bench, out, name, timing, peak - shared, floors.get(name, floors["bf16"]),
-            quality=sqnr_db(reference, output), baseline=baseline, weight_bytes=weight_bytes,
+            bench, out, name, timing, peak - shared, _floor_of(floors, pipeline), quality=quality,
+            **common,
         )  # fmt: skip
-        del call, output
+        if "hoist-invariants" in pipeline:
+            timing, _, peak = measure(bench, bench.clip(module))
+            _keep(
+                bench, out, name, timing, peak - shared, None, metric="four_steps_ms",
+                baseline={k: v * 100 for k, v in baseline.items() if k.startswith("diffusers")},
+                weight_bytes=weight_bytes,
+            )  # fmt: skip
+        del module, output
         bench._collect()
+
+
+def _floor_of(floors: dict[str, Ceiling], pipeline: str) -> Ceiling | None:
+    """The floor of a dense configuration by its precision; none is stated for sparse ones."""
+    if "sparse-attention" in pipeline:
+        return None
+    schemes = [name for name in floors if name in pipeline]
+    return floors[schemes[0] if schemes else "bf16"]
 
 
 def _keep(
@@ -285,9 +374,10 @@ def _keep(
     name: str,
     timing: Timing,
     peak: int,
-    floor: Ceiling,
+    floor: Ceiling | None,
     *,
-    quality: float | None = None,
+    metric: str = "forward_ms",
+    quality: dict[str, float] | None = None,
     baseline: dict[str, float] | None = None,
     weight_bytes: int = 0,
 ) -> None:
@@ -296,22 +386,23 @@ def _keep(
     `peak` leaves out the reference's weights where the compiled graph has its own.
     """
     session, case = bench.session, bench.case
+    quality = quality or {}
     print(
-        f"{name:20s} {timing.ms:10.1f} ms ± {timing.spread_ms:.1f}  "
-        f"{quality if quality is not None else float('inf'):6.1f} dB  "
+        f"{name:20s} {metric:14s} {timing.ms:10.1f} ms ± {timing.spread_ms:.1f}  "
+        f"{', '.join(f'{k} {v:.1f}' for k, v in quality.items())}  "
         f"peak {peak / 2**30:.1f} GiB  weights {weight_bytes / 2**30:.2f} GiB",
         flush=True,
     )
     record = Record(
-        name=f"{session.gpu}/{case.name}/{name}/forward_ms",
+        name=f"{session.gpu}/{case.name}/{name}/{metric}",
         value=timing.ms,
         unit="ms",
         spread=timing.spread_ms,
         runs=timing.runs,
         ceiling=floor,
-        share_of_ceiling=floor.value / timing.ms,
+        share_of_ceiling=floor.value / timing.ms if floor else None,
         baseline={k: v for k, v in (baseline or {}).items() if k != name},
-        quality={} if quality is None else {"sqnr_db_vs_eager_bf16": quality},
+        quality=quality,
         config={
             "pipeline": PIPELINES.get(name, name),
             "peak_gib": peak / 2**30,

@@ -52,3 +52,40 @@ def _check_parameter_dtype(
         raise OperatorInputError(
             f"{operator}: {name} must be float32 or {x.dtype} as x is, got {parameter.dtype}"
         )
+
+
+def check_rotation(operator: str, cos: torch.Tensor, sin: torch.Tensor, x: torch.Tensor) -> None:
+    """`cos` and `sin` must be (1, L, 1, D / 2) float32 for x of (B, L, H·D)."""
+    for name, table in (("cos", cos), ("sin", sin)):
+        fits = (
+            table.ndim == 4
+            and table.dtype is torch.float32
+            and table.shape[0] == 1
+            and table.shape[1] == x.shape[1]
+            and table.shape[2] == 1
+            and table.shape[3] == cos.shape[-1]
+        )
+        if not fits:
+            raise OperatorInputError(
+                f"{operator}: {name} must be float32 of shape (1, {x.shape[1]}, 1, D / 2), got "
+                f"{table.dtype} of shape {tuple(table.shape)}"
+            )
+    if x.shape[-1] % (2 * cos.shape[-1]):
+        raise OperatorInputError(
+            f"{operator}: {x.shape[-1]} channels are not whole heads of {2 * cos.shape[-1]}"
+        )
+
+
+def check_residual(
+    operator: str, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None
+) -> None:
+    """`y` must be as x, (B, L, C), and `gate`, if given, a modulation of it."""
+    check_activation(operator, x, rank=3)
+    same = y.ndim == 3 and all(a == b for a, b in zip(y.shape, x.shape, strict=True))
+    if y.dtype is not x.dtype or not same:
+        raise OperatorInputError(
+            f"{operator}: y must be {x.dtype} of shape {tuple(x.shape)} as x is, got {y.dtype} of "
+            f"shape {tuple(y.shape)}"
+        )
+    if gate is not None:
+        check_modulation(operator, "gate", gate, x)

@@ -10,34 +10,23 @@ quantized on the fly, once for all layers that read them; weights are stored at 
 from __future__ import annotations
 
 import operator
-from fnmatch import fnmatch
 from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeInt
+from pydantic import Field
 from torch.fx import Node
 
 import turbo_opt.kernels  # noqa: F401  (registers turbo_opt::*)
 from turbo_opt.compiler.base import Numerics, Pass, PassOptions, PassResult, register_pass
-from turbo_opt.compiler.blocks import BlockIndex
 from turbo_opt.compiler.context import PassContext
 from turbo_opt.compiler.rewrite import Editor, Found, Miss, dtype_of, is_call, rewrite_each
+from turbo_opt.compiler.skip import Skip, Skipper
 from turbo_opt.errors import BadInput
 from turbo_opt.ir.facts import Fact
 from turbo_opt.ir.program import Denoiser, Program
 from turbo_opt.ir.transforms import block_quantized
 from turbo_opt.kernels.schemes import SCHEMES
 from turbo_opt.targets import Target
-
-
-class Skip(PassOptions):
-    """Which linear layers stay as they are."""
-
-    first: NonNegativeInt = Field(0, description="blocks to skip at the start")
-    last: NonNegativeInt = Field(0, description="blocks to skip at the end")
-    names: tuple[str, ...] = Field(
-        (), description="globs over module paths, such as `*.attn2.*` or `blocks.0.ffn.*`"
-    )
 
 
 @register_pass
@@ -65,7 +54,7 @@ class QuantizeLinear(Pass):
         before = program.weight_bytes
         rewrite = _QuantizeLinears(program, options.scheme, options.skip)
         result = rewrite_each(program, context, rewrite.match, rewrite.replace)
-        rewrite.check_selectors()
+        rewrite.skipper.check()
         stats = {"weight_bytes_before": before, "weight_bytes_after": program.weight_bytes}
         return PassResult(program, result.matches, result.near_misses, stats)
 
@@ -74,13 +63,15 @@ class _QuantizeLinears:
     """The match and the rewrite, with what they share within one run of the pass."""
 
     def __init__(self, program: Program, scheme: str, skip: Skip) -> None:
+        self.skipper = Skipper(
+            program,
+            skip,
+            pass_name=QuantizeLinear.name,
+            layer="linear layer",
+            example="blocks.0.attn1.to_q",
+        )
         self._scheme = scheme
-        self._skip = skip
-        self._blocks = {denoiser.name: BlockIndex(denoiser) for denoiser in program}
         self._quantized: dict[Node, tuple[Node, Node]] = {}
-        self._unused = set(skip.names)
-        for blocks in self._blocks.values():
-            blocks.check_edges(skip.first, skip.last)
 
     def match(self, node: Node, denoiser: Denoiser) -> Found | Miss | None:
         """A linear layer inside a transformer block, with a stored weight."""
@@ -92,12 +83,10 @@ class _QuantizeLinears:
         if name is None:
             return Miss("the weight is computed in the graph")
         module = name.removesuffix(".weight")
-        matching = {glob for glob in self._skip.names if fnmatch(module, glob)}
-        self._unused -= matching
-        blocks = self._blocks[denoiser.name]
-        if not blocks.contains(module):
+        skipped = self.skipper.skips(denoiser, module)
+        if not self.skipper.blocks(denoiser).contains(module):
             return None
-        if matching or blocks.is_edge(module, self._skip.first, self._skip.last):
+        if skipped:
             return Miss("skipped by the recipe")
         self._check_sides(module, denoiser.weights[name].shape)
         parts = {"name": name, "bias": bias}
@@ -122,18 +111,6 @@ class _QuantizeLinears:
             self._scheme,
             dtype_of(found.output),
         )
-
-    def check_selectors(self) -> None:
-        """Every name of the skip list must have matched a linear layer.
-
-        Raises:
-            BadInput: one did not.
-        """
-        if self._unused:
-            raise BadInput(
-                f"quantize-linear: skip.names {min(self._unused)!r} matches no linear layer; "
-                "names are module paths such as 'blocks.0.attn1.to_q'"
-            )
 
     def _activation(self, source: Node, editor: Editor) -> tuple[Node, Node]:
         if source not in self._quantized:

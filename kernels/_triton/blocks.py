@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from ..schemes import BLOCK, Scheme, blocks
-from .device import block_scale, load_float, to_quantized
-from .rows import as_batched_rows, broadcast_to_rows, measure_rows, row_strides
+from .device import block_scale, gelu_tanh, load_float, to_quantized
+from .rows import Branch, as_batched_rows, broadcast_to_rows, measure_rows, row_strides
 
 
 @triton.jit
@@ -36,6 +36,7 @@ def _quantize_tiles(
     OFFSET: tl.constexpr,
     PER_ROW: tl.constexpr,
     SHARED: tl.constexpr,  # all rows have the same gain and bias
+    GELU: tl.constexpr,
     DIVISOR: tl.constexpr,
 ):
     column_block = tl.program_id(0)
@@ -54,6 +55,8 @@ def _quantize_tiles(
         mean = tl.load(statistics + row, mask=exists, other=0.0)[:, None]
         rstd = tl.load(statistics + rows + row, mask=exists, other=0.0)[:, None]
         values = (values - mean) * rstd
+    if GELU:
+        values = gelu_tanh(values)
     if gain is not None:
         if SHARED:
             values *= OFFSET + load_float(gain, column, column < COLUMNS)
@@ -99,15 +102,22 @@ def quantize_tiles(
     bias: torch.Tensor | None = None,
     gain_offset: float = 0.0,
     eps: float | None = None,
+    branch: Branch | None = None,
+    gelu: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize `x` (…, K), or with `eps` LN(x)·(gain_offset + gain) + bias, by `scheme`."""
+    """Quantize `x` (…, K) by `scheme`, or GELU(x), or with `eps` LN(x)·(gain_offset + gain) + bias.
+
+    With a branch, x plus the branch is normalized, and its stream is written.
+    """
     q, scale = new_quantized(x, scheme)
     if x.numel() == 0:
         return q, scale
     rows_BLC = as_batched_rows(x)
     batch, length, columns = rows_BLC.shape
     gain, bias = broadcast_to_rows(gain, rows_BLC), broadcast_to_rows(bias, rows_BLC)
-    statistics = None if eps is None else measure_rows(rows_BLC, eps)
+    statistics = None if eps is None else measure_rows(rows_BLC, eps, branch)
+    if branch is not None:
+        rows_BLC = as_batched_rows(branch.stream)
     strides = (*row_strides(gain), *row_strides(bias))
     _quantize_tiles[(columns // BLOCK, blocks(batch * length))](
         rows_BLC,
@@ -126,6 +136,7 @@ def quantize_tiles(
         OFFSET=gain_offset,
         PER_ROW=scheme.activation_block[0] == 1,
         SHARED=not any(strides),
+        GELU=gelu,
         DIVISOR=scheme.divisor,
         num_warps=8,
     )

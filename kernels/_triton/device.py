@@ -27,19 +27,6 @@ def sum_of_row(tile):
 
 
 @triton.jit
-def subtract_mean(x, inside, CHANNELS: tl.constexpr):
-    """Center each row of a float32 tile; what is masked stays 0. Also returns the means."""
-    mean = sum_of_row(x) / CHANNELS
-    return tl.where(inside, x - mean, 0.0), mean
-
-
-@triton.jit
-def reciprocal_deviation(x, eps, CHANNELS: tl.constexpr):
-    """1 / sqrt(mean square + eps) of each row: LayerNorm's if centered before, else RMSNorm's."""
-    return 1.0 / tl.sqrt(sum_of_row(x * x) / CHANNELS + eps)
-
-
-@triton.jit
 def block_scale(amax, DIVISOR: tl.constexpr):
     """The scale of a block whose largest magnitude is `amax`; SMALLEST_AMAX of schemes.py."""
     return tl.maximum(amax, 1e-8) / DIVISOR
@@ -53,3 +40,14 @@ def to_quantized(x, scale, DTYPE: tl.constexpr):
         rounded = (scaled + ROUNDING) - ROUNDING
         return tl.minimum(tl.maximum(rounded, -128.0), 127.0).to(tl.int8)
     return tl.minimum(tl.maximum(scaled, -448.0), 448.0).to(DTYPE)
+
+
+@triton.jit
+def gelu_tanh(x):
+    """x · sigmoid(√(8/π)·(x + 0.044715·x³)), which is GELU's tanh form.
+
+    1 / (1 + e) is taken as the square of a reciprocal square root, one instruction on a GPU.
+    """
+    power = x * (-2.302208198 - 0.1029432397 * x * x)  # −√(8/π)·log2(e)·(1, 0.044715)
+    root = tl.rsqrt(1.0 + tl.math.exp2(power))
+    return x * (root * root)

@@ -5,20 +5,11 @@ adaln(x) = LN(x) · (1 + scale) + shift
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from .._triton.support import unsupported_device, unsupported_row
-from ..capability import Capability
 from ..checks import check_activation, check_modulation
-from ..operator import Operator, Provider
-
-
-class AdaLNCall(NamedTuple):
-    """What the choice of a provider depends on."""
-
-    channels: int
+from ..operator import Operator
+from ..row_calls import RowCall, row_providers
 
 
 def check(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> None:
@@ -27,16 +18,12 @@ def check(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float)
     check_modulation("adaln", "shift", shift, x)
 
 
-def describe(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> AdaLNCall:
-    return AdaLNCall(x.shape[-1])
+def describe(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> RowCall:
+    return RowCall(x.shape[-1], x.dtype)
 
 
 def fake(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
     return x.new_empty(x.shape)
-
-
-def triton_supports(capability: Capability, call: AdaLNCall) -> str | None:
-    return unsupported_device(capability) or unsupported_row(call.channels)
 
 
 ADALN = Operator(
@@ -46,7 +33,7 @@ ADALN = Operator(
     fake=fake,
     check=check,
     describe=describe,
-    providers=[Provider("triton", f"{__name__}.triton", triton_supports, requires="triton")],
+    providers=row_providers(__name__),
 )
 
 

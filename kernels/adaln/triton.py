@@ -8,5 +8,4 @@ from .._triton.rows import normalize_rows
 
 
 def adaln(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
-    y, _ = normalize_rows(x, scale, shift, eps, centered=True, gain_offset=1.0)
-    return y
+    return normalize_rows(x, scale, shift, eps, centered=True, gain_offset=1.0)

@@ -5,23 +5,13 @@ adaln_quantize(x) = quantize_activation(LN(x) · (1 + scale) + shift)
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from .._triton.support import unsupported_row, unsupported_scheme
 from ..block_quantize import fake as fake_quantized
-from ..capability import Capability
 from ..checks import check_activation, check_modulation
-from ..operator import Operator, Provider
+from ..operator import Operator
+from ..row_calls import RowCall, row_providers
 from ..schemes import check_in_features, scheme_named
-
-
-class AdaLNQuantizeCall(NamedTuple):
-    """What the choice of a provider depends on."""
-
-    channels: int
-    scheme: str
 
 
 def check(
@@ -35,18 +25,14 @@ def check(
 
 def describe(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, scheme: str
-) -> AdaLNQuantizeCall:
-    return AdaLNQuantizeCall(x.shape[-1], scheme)
+) -> RowCall:
+    return RowCall(x.shape[-1], x.dtype, scheme)
 
 
 def fake(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, scheme: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return fake_quantized(x, scheme)
-
-
-def triton_supports(capability: Capability, call: AdaLNQuantizeCall) -> str | None:
-    return unsupported_scheme(capability, call.scheme) or unsupported_row(call.channels)
 
 
 ADALN_QUANTIZE = Operator(
@@ -56,7 +42,7 @@ ADALN_QUANTIZE = Operator(
     fake=fake,
     check=check,
     describe=describe,
-    providers=[Provider("triton", f"{__name__}.triton", triton_supports, requires="triton")],
+    providers=row_providers(__name__),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._triton.blocks import quantize_tiles
-from .._triton.rows import normalize_rows
+from .._triton.rows import quantize_normalized_rows
 from ..schemes import SCHEMES
 
 
@@ -15,6 +15,4 @@ def adaln_quantize(
     rules = SCHEMES[scheme]
     if rules.activation_block[0] > 1:
         return quantize_tiles(x, rules, gain=scale, bias=shift, gain_offset=1.0, eps=eps)
-    q, q_scale = normalize_rows(x, scale, shift, eps, centered=True, gain_offset=1.0, scheme=rules)
-    assert q_scale is not None
-    return q, q_scale
+    return quantize_normalized_rows(x, scale, shift, eps, rules, gain_offset=1.0)

@@ -6,14 +6,12 @@ quantize(v) = round_half_even(v / scale), scale = max(amax of the block, 1e-8) /
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 
-from .._triton.support import unsupported_scheme
-from ..capability import Capability
 from ..checks import check_activation
-from ..operator import Operator, Provider
+from ..operator import Operator
+from ..row_calls import RowCall, quantize_providers
 from ..schemes import BLOCK, blocks, check_in_features, scheme_named
 from .weight import dequantize_weight, quantize_weight
 
@@ -26,19 +24,13 @@ __all__ = [
 ]
 
 
-class QuantizeCall(NamedTuple):
-    """What the choice of a provider depends on."""
-
-    scheme: str
-
-
 def check(x: torch.Tensor, scheme: str) -> None:
     check_activation("quantize_activation", x)
     check_in_features(x.shape[-1], scheme_named(scheme))
 
 
-def describe(x: torch.Tensor, scheme: str) -> QuantizeCall:
-    return QuantizeCall(scheme)
+def describe(x: torch.Tensor, scheme: str) -> RowCall:
+    return RowCall(x.shape[-1], x.dtype, scheme)
 
 
 def fake(x: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,10 +42,6 @@ def fake(x: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor]:
     return q, x.new_empty((blocks(rows), groups), dtype=torch.float32)
 
 
-def triton_supports(capability: Capability, call: QuantizeCall) -> str | None:
-    return unsupported_scheme(capability, call.scheme)
-
-
 QUANTIZE_ACTIVATION = Operator(
     name="quantize_activation",
     schema="(Tensor x, str scheme) -> (Tensor, Tensor)",
@@ -61,7 +49,7 @@ QUANTIZE_ACTIVATION = Operator(
     fake=fake,
     check=check,
     describe=describe,
-    providers=[Provider("triton", f"{__name__}.triton", triton_supports, requires="triton")],
+    providers=quantize_providers(__name__),
 )
 
 

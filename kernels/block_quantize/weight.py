@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 
 from ..errors import OperatorInputError
-from ..schemes import BLOCK, blocks, check_in_features, scheme_named
-from .reference import scale_of, to_quantized
+from ..schemes import BLOCK, SMALLEST_AMAX, blocks, check_in_features, scheme_named
 
+_E4M3_BITS = -0x78100000  # sign, exponent and mantissa of an e4m3 code, moved up by 20 bits
 BAND = BLOCK  # rows quantized at once: a band in float32 stays in the cache
 
 
 def quantize_weight(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a linear layer's weight in 128×128 blocks.
 
-    Needs memory for the result and a few bands of 128 rows in float32, whatever the size.
+    The numbers are those of `reference.scale_of` and `reference.to_quantized`. Needs memory for the
+    result and two bands of 128 rows in float32, whatever the size.
 
     Args:
         weight: (N, K) of any floating dtype, K a multiple of 128. N may be anything.
@@ -36,11 +37,19 @@ def quantize_weight(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, to
     check_in_features(columns, rules)
     q = torch.empty((rows, columns), dtype=rules.dtype, device=weight.device)
     scale = torch.empty((blocks(rows), columns // BLOCK), device=weight.device)
+    # Two buffers for all bands: fresh ones would cost more in page faults than the arithmetic.
+    values, magnitudes = torch.empty((2, min(rows, BAND), columns), device=weight.device)
     for start in range(0, rows, BAND):
-        band = weight[start : start + BAND].float()
-        block_rows = slice(start // BLOCK, start // BLOCK + blocks(band.shape[0]))
-        scale[block_rows] = scale_of(band, rules, BLOCK)
-        q[start : start + BAND] = to_quantized(band, scale[block_rows], rules, BLOCK)
+        band = weight[start : start + BAND]
+        values_MK = values[: band.shape[0]].copy_(band)
+        magnitudes_MK = torch.abs(values_MK, out=magnitudes[: band.shape[0]])
+        scale_G = scale[start // BLOCK]
+        torch.amax(magnitudes_MK.unflatten(-1, (-1, BLOCK)), (0, 2), out=scale_G)
+        scale_G.clamp_min_(SMALLEST_AMAX).div_(rules.divisor)
+        values_MK.unflatten(-1, (-1, BLOCK)).div_(scale_G[:, None])
+        if not rules.dtype.is_floating_point:
+            values_MK.round_()
+        q[start : start + BAND] = values_MK.clamp_(rules.lowest, rules.highest)
     return q, scale
 
 
@@ -55,10 +64,26 @@ def dequantize_weight(
             f"shape {(rows, columns)}, got {tuple(scale.shape)}"
         )
     weight = torch.empty((rows, columns), dtype=dtype, device=q.device)
+    values = torch.empty((min(rows, BAND), columns), device=q.device)
     for start in range(0, rows, BAND):
-        band = q[start : start + BAND].float()
-        first = start // BLOCK
-        scale_NG = scale[first : first + blocks(band.shape[0])].repeat_interleave(BLOCK, dim=0)
-        values_NGK = band.unflatten(-1, (-1, BLOCK)) * scale_NG[: band.shape[0], :, None]
-        weight[start : start + BAND] = values_NGK.flatten(-2)
+        band = q[start : start + BAND]
+        values_NK = _to_float32(band, values[: band.shape[0]])
+        values_NK.unflatten(-1, (-1, BLOCK)).mul_(scale[start // BLOCK][:, None])
+        weight[start : start + BAND] = values_NK
     return weight
+
+
+def _to_float32(q: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`out` (float32), set to the values of `q`, int8 or e4m3, of the same shape.
+
+    On CPUs torch converts e4m3 one value at a time. Its bits, put where float32 has them, are the
+    value times 2^-120, subnormal ones included; only NaN has no such form.
+    """
+    if q.dtype is not torch.float8_e4m3fn or q.device.type != "cpu":
+        return out.copy_(q)
+    codes = q.view(torch.int8)
+    if codes.bitwise_and(0x7F).eq(0x7F).any():
+        return out.copy_(q)
+    bits = out.view(torch.int32).copy_(codes)
+    bits.bitwise_left_shift_(20).bitwise_and_(_E4M3_BITS)
+    return out.mul_(2.0**120)

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from .._triton.support import unsupported_device, unsupported_row
-from ..capability import Capability
 from ..checks import check_activation, check_channels
-from ..operator import Operator, Provider
-
-
-class LayerNormCall(NamedTuple):
-    """What the choice of a provider depends on."""
-
-    channels: int
+from ..operator import Operator
+from ..row_calls import RowCall, row_providers
 
 
 def check(
@@ -28,18 +19,14 @@ def check(
 
 def describe(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> LayerNormCall:
-    return LayerNormCall(x.shape[-1])
+) -> RowCall:
+    return RowCall(x.shape[-1], x.dtype)
 
 
 def fake(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
     return x.new_empty(x.shape)
-
-
-def triton_supports(capability: Capability, call: LayerNormCall) -> str | None:
-    return unsupported_device(capability) or unsupported_row(call.channels)
 
 
 LAYER_NORM = Operator(
@@ -49,7 +36,7 @@ LAYER_NORM = Operator(
     fake=fake,
     check=check,
     describe=describe,
-    providers=[Provider("triton", f"{__name__}.triton", triton_supports, requires="triton")],
+    providers=row_providers(__name__),
 )
 
 

@@ -10,5 +10,4 @@ from .._triton.rows import normalize_rows
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    y, _ = normalize_rows(x, weight, bias, eps, centered=True, gain_offset=0.0)
-    return y
+    return normalize_rows(x, weight, bias, eps, centered=True, gain_offset=0.0)

@@ -5,23 +5,13 @@ layer_norm_quantize(x) = quantize_activation(LN(x) · weight + bias)
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from .._triton.support import unsupported_row, unsupported_scheme
 from ..block_quantize import fake as fake_quantized
-from ..capability import Capability
 from ..checks import check_activation, check_channels
-from ..operator import Operator, Provider
+from ..operator import Operator
+from ..row_calls import RowCall, row_providers
 from ..schemes import check_in_features, scheme_named
-
-
-class LayerNormQuantizeCall(NamedTuple):
-    """What the choice of a provider depends on."""
-
-    channels: int
-    scheme: str
 
 
 def check(
@@ -43,8 +33,8 @@ def describe(
     bias: torch.Tensor | None,
     eps: float,
     scheme: str,
-) -> LayerNormQuantizeCall:
-    return LayerNormQuantizeCall(x.shape[-1], scheme)
+) -> RowCall:
+    return RowCall(x.shape[-1], x.dtype, scheme)
 
 
 def fake(
@@ -57,10 +47,6 @@ def fake(
     return fake_quantized(x, scheme)
 
 
-def triton_supports(capability: Capability, call: LayerNormQuantizeCall) -> str | None:
-    return unsupported_scheme(capability, call.scheme) or unsupported_row(call.channels)
-
-
 LAYER_NORM_QUANTIZE = Operator(
     name="layer_norm_quantize",
     schema="(Tensor x, Tensor? weight, Tensor? bias, float eps, str scheme) -> (Tensor, Tensor)",
@@ -68,7 +54,7 @@ LAYER_NORM_QUANTIZE = Operator(
     fake=fake,
     check=check,
     describe=describe,
-    providers=[Provider("triton", f"{__name__}.triton", triton_supports, requires="triton")],
+    providers=row_providers(__name__),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._triton.blocks import quantize_tiles
-from .._triton.rows import normalize_rows
+from .._triton.rows import quantize_normalized_rows
 from ..schemes import SCHEMES
 
 
@@ -19,6 +19,4 @@ def layer_norm_quantize(
     rules = SCHEMES[scheme]
     if rules.activation_block[0] > 1:
         return quantize_tiles(x, rules, gain=weight, bias=bias, eps=eps)
-    q, q_scale = normalize_rows(x, weight, bias, eps, centered=True, gain_offset=0.0, scheme=rules)
-    assert q_scale is not None
-    return q, q_scale
+    return quantize_normalized_rows(x, weight, bias, eps, rules, gain_offset=0.0)

@@ -8,20 +8,11 @@ and bfloat16 x, and the result is rounded once, to x's dtype.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from .._triton.support import unsupported_device, unsupported_row
-from ..capability import Capability
 from ..checks import check_activation, check_channels
-from ..operator import Operator, Provider
-
-
-class RMSNormCall(NamedTuple):
-    """What the choice of a provider depends on."""
-
-    channels: int
+from ..operator import Operator
+from ..row_calls import RowCall, row_providers
 
 
 def check(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> None:
@@ -29,16 +20,12 @@ def check(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> None:
     check_channels("rms_norm", "weight", weight, x)
 
 
-def describe(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> RMSNormCall:
-    return RMSNormCall(x.shape[-1])
+def describe(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> RowCall:
+    return RowCall(x.shape[-1], x.dtype)
 
 
 def fake(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     return x.new_empty(x.shape)
-
-
-def triton_supports(capability: Capability, call: RMSNormCall) -> str | None:
-    return unsupported_device(capability) or unsupported_row(call.channels)
 
 
 RMS_NORM = Operator(
@@ -48,7 +35,7 @@ RMS_NORM = Operator(
     fake=fake,
     check=check,
     describe=describe,
-    providers=[Provider("triton", f"{__name__}.triton", triton_supports, requires="triton")],
+    providers=row_providers(__name__),
 )
 
 

@@ -8,5 +8,4 @@ from .._triton.rows import normalize_rows
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    y, _ = normalize_rows(x, weight, None, eps, centered=False, gain_offset=0.0)
-    return y
+    return normalize_rows(x, weight, None, eps, centered=False, gain_offset=0.0)

@@ -77,7 +77,7 @@ def test_a_newer_format_names_both_versions_and_what_to_do(copy: Path) -> None:
         manifest["something"] = "new"
 
     _edit(copy, newer)
-    with pytest.raises(BadInput, match=r"format 7.*9\.1\.0.*up to 1.*upgrade turbo_opt"):
+    with pytest.raises(BadInput, match=r"format 7.*9\.1\.0.*up to 2.*upgrade turbo_opt"):
         turbo_opt.load(copy)
 
 

@@ -104,7 +104,20 @@ def test_plan_names_the_weights_that_passes_lack(recipe, registry):
     result = invoke("plan", recipe, "--passes", "canonicalize,sparse-standin", "--json")
     assert result.exit_code == 2
     assert json.loads(result.stdout)["passes"][1]["missing_weights"] == ["*.proj_l.weight"]
-    assert "sparse-standin needs *.proj_l.weight" in result.stderr
+    assert "sparse-standin needs weights named *.proj_l.weight" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_checkpoint_that_is_not_tuned_for_sla_is_refused_with_the_remedy(recipe, work, command):
+    passes = ("--passes", "canonicalize,fuse-norms,sparse-attention")
+    out = ("--out", "out", "--no-cache") if command == "run" else ()
+    result = invoke(command, recipe, *passes, *out)
+    assert result.exit_code == 2
+    assert "sparse-attention needs weights named blocks.0.attn1.proj_l.weight" in result.stderr
+    assert "it is not tuned for SLA; `proj_l: zero` runs the training-free" in result.stderr
+    if command == "plan":
+        assert "blocks.0.attn1.proj_l.weight" in result.stdout
+    assert not list(work.iterdir())
 
 
 def test_a_failing_pass_leaves_a_reproducer_and_no_artifact(recipe, work, registry):

@@ -18,6 +18,8 @@ from turbo_opt.compiler.reproducer import read_reproducer
 from turbo_opt.compiler.rewrite import Found, is_call, rewrite_each
 from turbo_opt.compiler.validation import validate_pipeline
 from turbo_opt.errors import BadInput, BudgetExceeded, PassFailed
+from turbo_opt.ir.weights import constant
+from turbo_opt.targets import get_target
 
 aten = torch.ops.aten
 X = torch.randn(2, 6, 8)
@@ -209,7 +211,7 @@ def test_without_resume_everything_runs(tmp_path, registry):
     assert run_cached("right", cache, program, resume=False)[1].ran == ["right"]
 
 
-@pytest.mark.parametrize("change", ["options", "weights", "graph"])
+@pytest.mark.parametrize("change", ["options", "weights", "graph", "unread"])
 def test_the_cache_tells_contents_apart(tmp_path, change):
     cache = PassCache(tmp_path / "cache")
     w, pipeline = torch.randn(8), "canonicalize,fuse-norms?{adaln=true}"
@@ -219,9 +221,29 @@ def test_the_cache_tells_contents_apart(tmp_path, change):
         pipeline = "canonicalize,fuse-norms?{adaln=false}"
     elif change == "weights":
         program = program_of(lambda x, w: x * w, X, w=w + 1)
+    elif change == "unread":
+        program.denoisers["net"].unread["proj_l.weight"] = constant(w)
     else:
         program = program_of(lambda x, w: x * w * 2, X, w=w)
     assert "fuse-norms" in run_cached(pipeline, cache, program, resume=True)[1].ran
+
+
+def test_a_pass_is_told_its_target_and_the_cache_tells_targets_apart(tmp_path, registry):
+    told = []
+
+    def run(self, program, options, context):
+        told.append(context.target)
+        return PassResult(program)
+
+    body = {"name": "curious", "numerics": Numerics.EXACT, "may_match_nothing": True, "run": run}
+    register_pass(type("Curious", (Pass,), body))
+    cache, program = PassCache(tmp_path / "cache"), relu_program()
+    for name in ("h200", "a100", "h200", None):
+        target = get_target(name) if name is not None else None
+        pipeline = validate_pipeline(parse_pipeline("curious"), target=target)
+        key = first_key(program.digest())
+        PassManager(pipeline, cache=cache, resume=True).run(program, key)
+    assert told == [get_target("h200"), get_target("a100"), None]
 
 
 def test_failures_are_never_cached(tmp_path, registry):

@@ -28,7 +28,7 @@ class Skip(PassOptions):
 
 @pytest.fixture(autouse=True)
 def standin_passes(request, monkeypatch):
-    """`canonicalize`, `fuse-norms`, `quantize-linear` and `fuse-norm-quantize`, and no others."""
+    """`canonicalize`, `fuse-norms`, `quantize-linear`, `fuse-norm-quantize`, `hoist-invariants`."""
     if request.node.get_closest_marker("real_passes"):
         return
     monkeypatch.setattr(base, "_PASSES", {})
@@ -56,6 +56,10 @@ def standin_passes(request, monkeypatch):
     @register_pass
     class FuseNormQuantize(_Standin):
         name = "fuse-norm-quantize"
+
+    @register_pass
+    class HoistInvariants(_Standin):
+        name = "hoist-invariants"
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_recipes_that_extend_each_other_are_an_error_that_shows_the_loop(project
 def test_unknown_recipe_names_the_nearest_one(project):
     assert failure(load_recipe, "tiny-wan/cup") == (
         "unknown recipe 'tiny-wan/cup', did you mean 'tiny-wan/cpu'? Known: tiny-wan/base, "
-        "tiny-wan/cpu, tiny-wan/h200, tiny-wan/rtx4090, tiny-wan/rtx5090."
+        "tiny-wan/cpu-sparse, tiny-wan/cpu, tiny-wan/h200, tiny-wan/rtx4090, tiny-wan/rtx5090."
     )
     message = failure(load_recipe, "stable-cascade")
     assert message.startswith("unknown recipe 'stable-cascade'. Known models: tiny-wan, wan2.1-")
@@ -200,7 +200,7 @@ def test_unknown_pass_is_named_with_its_place_and_its_index_when_repeated(projec
     spec = load_recipe("my.yaml").specs()[2]
     assert failure(validate_options, spec) == (
         "my.yaml:5:35: passes.fuse-norm[1]: unknown pass 'fuse-norm', did you mean 'fuse-norms'? "
-        "Known: canonicalize, fuse-norm-quantize, fuse-norms, quantize-linear."
+        "Known: canonicalize, fuse-norm-quantize, fuse-norms, hoist-invariants, quantize-linear."
     )
 
 

@@ -11,14 +11,33 @@ from turbo_opt.config.loader import load_recipe
 from turbo_opt.config.lookup import list_recipes
 from turbo_opt.targets import get_target
 
+pytestmark = pytest.mark.real_passes
 SHIPPED = [info.name for info in list_recipes() if info.kind == "shipped"]
+SPARSE = {name for name in SHIPPED if name.endswith("-sparse")}
 MODELS = {name.partition("/")[0] for name in SHIPPED}
 
 
 def test_every_model_has_a_recipe_for_every_machine():
     assert len(MODELS) == 11
     machines = ("cpu", "h200", "rtx4090", "rtx5090")
-    assert {f"{model}/{machine}" for model in MODELS for machine in machines} == set(SHIPPED)
+    dense = {f"{model}/{machine}" for model in MODELS for machine in machines}
+    assert dense == set(SHIPPED) - SPARSE
+
+
+def test_text_and_image_models_have_sparse_recipes_for_gpus():
+    models = {name.partition("/")[0] for name in SPARSE}
+    assert len(models) == 7
+    gpus = {"h200-sparse", "rtx4090-sparse", "rtx5090-sparse"}
+    for model in models - {"tiny-wan"}:
+        assert {name.partition("/")[2] for name in SPARSE if name.startswith(model)} == gpus
+
+
+@pytest.mark.parametrize("name", sorted(SPARSE))
+def test_a_sparse_recipe_is_the_dense_one_with_sparse_attention(name):
+    sparse = [spec for spec in load_recipe(name).specs() if spec.name != "sparse-attention"]
+    dense = load_recipe(name.removesuffix("-sparse"))
+    assert tuple(sparse) == dense.specs()
+    assert load_recipe(name).target == dense.target
 
 
 def test_shipped_recipes_are_package_data():
@@ -26,7 +45,6 @@ def test_shipped_recipes_are_package_data():
     assert root.joinpath("tiny-wan", "cpu.yaml").is_file()
 
 
-@pytest.mark.real_passes
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_recipe_loads_and_names_known_passes(name):
     for spec in load_recipe(name).specs():
@@ -36,7 +54,7 @@ def test_every_shipped_recipe_loads_and_names_known_passes(name):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipe_is_for_its_machine_and_a_scheme_of_its_hardware(name):
     recipe = load_recipe(name)
-    assert recipe.target == name.partition("/")[2]
+    assert recipe.target == name.partition("/")[2].removesuffix("-sparse")
     schemes = [spec.options["scheme"] for spec in recipe.specs() if "scheme" in spec.options]
     assert schemes == [get_target(recipe.target).schemes[0]]
     assert recipe.description

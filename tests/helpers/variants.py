@@ -95,7 +95,9 @@ def compiled(program: Program) -> CompiledTransformer:
     """The program's only denoiser, ready to call on the CPU."""
     (denoiser,) = program
     weights = {name: tensor.load() for name, tensor in denoiser.weights.items()}
-    return CompiledTransformer.build(denoiser.exported, weights, denoiser.config, "cpu")
+    return CompiledTransformer.build(
+        denoiser.exported, weights, denoiser.config, "cpu", denoiser.stages
+    )
 
 
 def random_inputs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from turbo_opt.errors import BadInput
-from turbo_opt.ir.files import SafetensorsFile
+from turbo_opt.ir.files import SafetensorsFile, new_pages
 from turbo_opt.ir.transforms import block_quantized
 from turbo_opt.ir.weights import WeightStore, cast, constant, from_file, from_json, to_json
 
@@ -50,6 +51,26 @@ def test_values_and_scales_of_one_layer_are_computed_together(shard, monkeypatch
     assert result["q"].dtype == torch.int8
     assert result["s"].shape == (2, 1)
     assert sorted(reads) == ["b", "w"]
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_long_reads_give_the_same_bytes_with_and_without_the_cache(tmp_path, monkeypatch, direct):
+    path = tmp_path / "long.safetensors"
+    torch.manual_seed(0)
+    values = {"odd": torch.randn(5), "w": torch.randn(1111, 1000), "z": torch.randn(3)}
+    save_file(values, path)
+    if not direct:
+        monkeypatch.delattr("os.O_DIRECT")
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    file = SafetensorsFile.open(str(path))
+    rows = file.read_rows("w", 7, 1111, new_pages(4 * 1104 * 1000))
+    assert torch.equal(rows, values["w"][7:])
+    read = file.read("w")
+    assert torch.equal(read, values["w"])
+    assert read.data_ptr() % 64 == 0  # as torch allocates: sums in BLAS depend on it
+    assert torch.equal(file.read_rows("z", 1, 3, new_pages(8)), values["z"][1:])
 
 
 def test_an_expression_survives_json(shard):

@@ -22,6 +22,7 @@ from turbo_opt.kernels import (
     quantize_activation,
     quantize_weight,
 )
+from turbo_opt.kernels.block_quantize import reference
 
 # A uniform step of amax/128 under a Gaussian of 16,384 values leaves about 40 dB less the crest
 # (12 dB); e4m3's three mantissa bits leave about 31.5 dB.
@@ -129,6 +130,28 @@ def test_weight_round_trip(scheme, shape, device):
     assert scale.shape == (-(-shape[0] // 128), shape[1] // 128) and scale.is_contiguous()
     assert sqnr_db(weight, dequantize_weight(q, scale)) > LEAST_SQNR_DB[scheme]
     assert dequantize_weight(q, scale, torch.bfloat16).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", [(1, 128), (300, 384), (129, 1280)])
+def test_weights_are_quantized_bit_for_bit_as_defined(scheme, shape, dtype, device):
+    weight = (torch.randn(shape, device=device) * 0.02).to(dtype)
+    weight[0, :128] = 0
+    rules = SCHEMES[scheme]
+    expected_scale = reference.scale_of(weight.float(), rules, 128)
+    expected_q = reference.to_quantized(weight.float(), expected_scale, rules, 128)
+    q, scale = quantize_weight(weight, scheme)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(q.view(torch.uint8), expected_q.view(torch.uint8))
+
+
+def test_every_e4m3_code_is_dequantized_exactly():
+    codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
+    finite = codes[~codes.float().isnan()]
+    for q in (codes, finite[:128], finite[-128:]):
+        values = dequantize_weight(q.view(-1, 128), torch.ones(1, 1))
+        assert torch.equal(values.flatten().nan_to_num(nan=999), q.float().nan_to_num(nan=999))
 
 
 def test_int8_weight_blocks_equal_activation_blocks():

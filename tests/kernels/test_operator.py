@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import turbo_opt.kernels as kernels
 from turbo_opt.kernels import (
     Capability,
     OperatorInputError,
@@ -140,7 +142,7 @@ def test_the_environment_variable_forces_too():
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("rms_norm", "not of the form"), ("rms_norm=cuda", "has no provider 'cuda'")],
+    [("rms_norm", "not of the form"), ("rms_norm=cudnn", "has no provider 'cudnn'")],
 )
 def test_a_wrong_environment_variable_is_an_error(value, message):
     result = run_with_providers(value)
@@ -162,7 +164,8 @@ def test_import_is_light():
 
 
 def test_every_operator_has_a_schema_a_reference_and_no_alias():
-    assert len(operators()) == 7
+    packages = {path.parent for path in Path(kernels.__file__).parent.glob("*/reference.py")}
+    assert len(operators()) == len(packages)
     for name, each in operators().items():
         assert each.provider_names()[-1] == "reference"
         schema = getattr(torch.ops.turbo_opt, name).default._schema

@@ -70,6 +70,7 @@ def _denoiser(record: DenoiserRecord) -> dict[str, Any]:
         "bytes_by_dtype": dict(by_dtype.most_common()),
         "shards": len(record.shards),
         "replay": record.replay.file is not None,
+        "stages": {stage: list(names) for stage, names in record.stages.items()},
     }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from turbo_opt.artifact.graph_file import read_graph
 from turbo_opt.artifact.manifest import (
@@ -21,6 +22,7 @@ from turbo_opt.artifact.manifest import (
 from turbo_opt.artifact.shards import sha256_of
 from turbo_opt.artifact.weights_reader import StoredWeights
 from turbo_opt.errors import BadInput
+from turbo_opt.ir.edit import user_inputs
 from turbo_opt.ir.schedule import Schedule
 from turbo_opt.ir.weights import dtype_name
 from turbo_opt.runtime.limits import LatentLimits, latent_limits
@@ -123,6 +125,7 @@ def load(
     device: torch.device | str = "cpu",
     components: Path | str | None = None,
     check: bool = False,
+    cuda_graph: bool = True,
 ) -> LoadedArtifact:
     """Read an artifact onto a device, one weight at a time.
 
@@ -131,6 +134,8 @@ def load(
         device: where graphs and weights go.
         components: diffusers folder or hub id with text encoder and VAE, if not the recorded one.
         check: also compare every file's SHA-256 (sizes always are).
+        cuda_graph: on a GPU, replay the steps of an artifact with stages as CUDA graphs; the
+            environment variable TURBO_OPT_CUDA_GRAPH=0 turns it off too.
 
     Raises:
         BadInput: it is no artifact, is damaged, or was written by a newer turbo_opt.
@@ -142,7 +147,7 @@ def load(
         check_digests(root, manifest)
     transformers, limits = {}, []
     for name, record in manifest.denoisers.items():
-        transformers[name], limit = load_denoiser(root, name, record, device)
+        transformers[name], limit = load_denoiser(root, name, record, device, cuda_graph)
         limits.append(limit)
     smallest = LatentLimits.smallest(limits)
     given = str(components) if components is not None else None
@@ -150,7 +155,11 @@ def load(
 
 
 def load_denoiser(
-    root: Path, name: str, record: DenoiserRecord, device: torch.device | str
+    root: Path,
+    name: str,
+    record: DenoiserRecord,
+    device: torch.device | str,
+    cuda_graph: bool = True,
 ) -> tuple[CompiledTransformer, LatentLimits]:
     """One network of an artifact, and how large its latents may be.
 
@@ -170,11 +179,22 @@ def load_denoiser(
                 f"{path}: the graph of {name!r} and the manifest differ in weight {key!r}: "
                 f"{expected.get(key)} and {stored.get(key)}"
             )
+    _check_stages(path, record, exported)
     weights = StoredWeights(root, record, device)
-    transformer = CompiledTransformer.build(exported, weights, record.config, device)
+    transformer = CompiledTransformer.build(
+        exported, weights, record.config, device, record.stages, cuda_graph
+    )
     if dtype_name(transformer.dtype) != record.dtype:
         raise BadInput(f"{path}: the graph is {transformer.dtype}, the manifest {record.dtype}")
     return transformer, latent_limits(exported, record.config)
+
+
+def _check_stages(path: Path, record: DenoiserRecord, exported: ExportedProgram) -> None:
+    inputs = {str(node.target) for node in user_inputs(exported)}
+    for stage, names in record.stages.items():
+        for name in names:
+            if name not in inputs:
+                raise BadInput(f"{path}: stage {stage!r} names {name!r}, which is no input")
 
 
 def check_digests(root: Path, manifest: Manifest) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -24,8 +24,8 @@ from turbo_opt.errors import BadInput
 from turbo_opt.ir.schedule import Schedule
 from turbo_opt.ir.weights import dtype_from_name
 
-FORMAT_VERSION = 1
-"""The format that `save` writes. Every released format stays loadable."""
+FORMAT_VERSION: Final = 2
+"""The format that `save` writes; 2 added `stages`. Every released format stays loadable."""
 MANIFEST = "manifest.json"
 _MAX_BYTES = 64 * 2**20
 _MAX_TENSOR_BYTES = 2**44
@@ -48,6 +48,7 @@ def _plain_path(path: str) -> str:
 
 PlainPath = Annotated[str, AfterValidator(_plain_path)]
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+StageName = Annotated[str, Field(pattern=r"^(prompt|timestep)$")]
 
 
 class _Record(BaseModel):
@@ -90,7 +91,11 @@ class ReplayRecord(_Record):
 
 
 class DenoiserRecord(_Record):
-    """One network: graph, weights and what it was captured from."""
+    """One network: graph, weights and what it was captured from.
+
+    Attributes:
+        stages: stage → the inputs that define it; see `turbo_opt.ir.stages`.
+    """
 
     model_class: str
     config: dict[str, Any]
@@ -99,6 +104,7 @@ class DenoiserRecord(_Record):
     shards: tuple[PlainPath, ...]
     tensors: dict[str, TensorRecord]
     replay: ReplayRecord
+    stages: dict[StageName, tuple[PlainName, ...]] = {}
 
 
 class StepRecord(_Record):
@@ -143,7 +149,7 @@ class ComponentsRecord(_Record):
 class Manifest(_Record):
     """Everything in an artifact that is not a graph, a weight or a report."""
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     files: dict[PlainPath, FileRecord]
     denoisers: dict[PlainName, DenoiserRecord] = Field(min_length=1)
     schedule: ScheduleRecord

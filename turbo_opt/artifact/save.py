@@ -13,6 +13,7 @@ import numpy as np
 from turbo_opt.artifact.environment import environment, fingerprint
 from turbo_opt.artifact.graph_file import graph_bytes
 from turbo_opt.artifact.manifest import (
+    FORMAT_VERSION,
     MANIFEST,
     ComponentsRecord,
     DenoiserRecord,
@@ -26,7 +27,8 @@ from turbo_opt.artifact.manifest import (
 )
 from turbo_opt.artifact.replay import min_sqnr_db, replay_bytes, replay_inputs, run_replay
 from turbo_opt.artifact.report import render_report, report_data
-from turbo_opt.artifact.shards import Shard, plan_shards, sha256_of, write_shard
+from turbo_opt.artifact.shard_writer import write_shard
+from turbo_opt.artifact.shards import Shard, plan_shards, sha256_of
 from turbo_opt.artifact.staging import (
     Staging,
     check_destination,
@@ -66,8 +68,9 @@ def save(
 ) -> Path:
     """Write `program` as an artifact directory.
 
-    Weights are computed and written one expression at a time; hashing and flushing of a finished
-    shard overlap with computing the next. The directory gets its name by one rename at the end.
+    Weights are computed and written in bands of rows, a few expressions side by side; hashing and
+    flushing of a finished shard overlap with computing the next. The directory gets its name by one
+    rename at the end.
 
     Args:
         recipe: the resolved recipe, kept in the manifest.
@@ -106,7 +109,7 @@ def save(
                 record = _with_replay(staging, files, denoiser, record, wanted)
                 records[denoiser.name] = record
             manifest = Manifest(
-                format_version=1,
+                format_version=FORMAT_VERSION,
                 files=files,
                 denoisers=records,
                 schedule=_schedule_record(program),
@@ -190,6 +193,7 @@ def _denoiser_record(denoiser: Denoiser, shards: list[Shard]) -> DenoiserRecord:
         "shards": tuple(shard.file for shard in shards),
         "tensors": tensors,
         "replay": ReplayRecord(file=None),
+        "stages": dict(denoiser.stages),
     })  # fmt: skip
 
 
@@ -206,7 +210,11 @@ def _with_replay(
     if wanted is not True:
         return record.model_copy(update={"replay": ReplayRecord(file=None, reason=str(wanted))})
     transformer = CompiledTransformer.build(
-        denoiser.exported, StoredWeights(staging.path, record), denoiser.config, "cpu"
+        denoiser.exported,
+        StoredWeights(staging.path, record),
+        denoiser.config,
+        "cpu",
+        denoiser.stages,
     )
     inputs = replay_inputs(denoiser.exported, tuple(denoiser.config["patch_size"]))
     output = run_replay(transformer, inputs)

@@ -1,8 +1,9 @@
-"""Weights into safetensors shards, one tensor in memory at a time.
+"""The layout of weights in safetensors shards, and the digest of one.
 
 Shapes and dtypes are known before a byte is computed, so the header comes first and every tensor
-is written to its place as it is computed: in the order of the expressions, which is not the order
-in the file (the format's own writer sorts by item size, which keeps every tensor aligned).
+is written to its place as it is computed (`shard_writer`): in the order of the expressions, which
+is not the order in the file (the format's own writer sorts by item size, which keeps every tensor
+aligned).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbo_opt.errors import TurboOptError
 from turbo_opt.ir.files import dtype_code
 from turbo_opt.ir.weights import LazyTensor, WeightStore
 
@@ -63,7 +64,8 @@ def plan_shards(weights: WeightStore, stem: str, max_bytes: int) -> list[Shard]:
     """
     bins: list[dict[str, LazyTensor]] = [{}]
     filled = 0
-    for group in _by_producer(weights):
+    for names in weights.names_by_producer():
+        group = {name: weights[name] for name in names}
         size = sum(tensor.nbytes for tensor in group.values())
         if bins[-1] and filled + size > max_bytes:
             bins.append({})
@@ -76,31 +78,6 @@ def plan_shards(weights: WeightStore, stem: str, max_bytes: int) -> list[Shard]:
     ]
 
 
-def write_shard(shard: Shard, path: Path, tick: Callable[[int], None]) -> None:
-    """Compute and write every tensor of a shard; `tick` is told the bytes of each.
-
-    Raises:
-        TurboOptError: a computed tensor is not of the shape or dtype it was declared with.
-        OSError: the disk is full or fails.
-    """
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        _write_at(handle, memoryview(shard.header), 0)
-        os.ftruncate(handle, shard.nbytes)
-        for name, tensor in shard.weights.items_by_producer():
-            place = shard.places[name]
-            if tuple(tensor.shape) != place.shape or tensor.dtype != place.dtype:
-                raise TurboOptError(
-                    f"weight {name!r} came out as {tensor.dtype} {list(tensor.shape)}, "
-                    f"declared as {place.dtype} {list(place.shape)}"
-                )
-            data = tensor_bytes(tensor)
-            _write_at(handle, data, place.begin)
-            tick(len(data))
-    finally:
-        os.close(handle)
-
-
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The data of a tensor, without a copy where it lies contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().flatten()
@@ -108,23 +85,25 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
+def write_at(handle: int, data: memoryview, position: int) -> None:
+    """Write all of `data` to a place in a file; threads may do so side by side."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(handle, data[done : done + _CHUNK], position + done)
+
+
 def sha256_of(path: Path, *, flush: bool = False) -> str:
     """Digest of a file's content.
 
     Args:
-        flush: also wait until the file is on disk.
+        flush: also wait until the file is on disk, to which it is written meanwhile.
     """
-    with open(path, "rb") as handle:
-        if flush:
-            os.fsync(handle.fileno())
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _by_producer(weights: WeightStore) -> Iterator[dict[str, LazyTensor]]:
-    groups: dict[str, dict[str, LazyTensor]] = {}
-    for name, tensor in weights.items():
-        groups.setdefault(tensor.producer, {})[name] = tensor
-    yield from groups.values()
+    with open(path, "rb") as handle, ThreadPoolExecutor(1) as pool:
+        flushed = pool.submit(os.fsync, handle.fileno()) if flush else None
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        if flushed is not None:
+            flushed.result()
+        return digest
 
 
 def _plan(file: str, weights: WeightStore) -> Shard:
@@ -149,9 +128,3 @@ def _plan(file: str, weights: WeightStore) -> Shard:
     }
     key = hashlib.sha256(text + weights.digest().encode()).hexdigest()
     return Shard(file, weights, key, header, places, len(header) + offset)
-
-
-def _write_at(handle: int, data: memoryview, position: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(handle, data[done : done + _CHUNK], position + done)

@@ -54,6 +54,8 @@ def capture(
         graph = export_denoiser(
             class_name, config, dtype_from_name(dtype), schedule.expand_timesteps
         )
-        weights = open_checkpoint(folder.path / name, graph.exported.state_dict, graph.tables)
-        denoisers[name] = Denoiser(name, graph.exported, weights, class_name, config)
+        checkpoint = open_checkpoint(folder.path / name, graph.exported.state_dict, graph.tables)
+        denoisers[name] = Denoiser(
+            name, graph.exported, checkpoint.weights, class_name, config, unread=checkpoint.unread
+        )
     return Program(denoisers, schedule, folder.components)

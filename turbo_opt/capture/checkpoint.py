@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,12 +17,32 @@ from turbo_opt.ir.weights import LazyTensor, WeightStore, cast, constant, from_f
 
 _SINGLE = "diffusion_pytorch_model.safetensors"
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"
+_KEPT_ASIDE = re.compile(r"\.proj_l\.(weight|bias)$")
+"""Weights that no diffusers class has, but that a pass may want."""
+_ORIGINAL_ATTENTION = ".self_attn.attn_op.local_attn."
+_DIFFUSERS_ATTENTION = ".attn1."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one denoiser's folder holds.
+
+    Attributes:
+        weights: a lazy tensor for every weight that the graph reads.
+        unread: weights that it does not read, for passes: `<attention>.proj_l.{weight,bias}` of
+            sparse-linear attention, under diffusers' module names.
+    """
+
+    weights: WeightStore
+    unread: WeightStore
 
 
 def open_checkpoint(
     folder: Path, expected: Mapping[str, Tensor], tables: Mapping[str, Tensor]
-) -> WeightStore:
-    """A lazy tensor for every weight that a captured graph expects.
+) -> Checkpoint:
+    """A lazy tensor for every weight that a captured graph expects, and those kept for passes.
+
+    Others are left out, as by diffusers.
 
     Args:
         folder: `transformer/` of a diffusers pipeline.
@@ -49,7 +71,18 @@ def open_checkpoint(
                 f"config.json asks for {list(meta.shape)}"
             )
         store[name] = cast(tensor, meta.dtype)
-    return store
+    return Checkpoint(store, _unread(stored, store))
+
+
+def _unread(stored: Mapping[str, LazyTensor], read: Mapping[str, LazyTensor]) -> WeightStore:
+    """The weights to keep aside; released SLA weights carry the names of the original Wan."""
+    return WeightStore(
+        {
+            name.replace(_ORIGINAL_ATTENTION, _DIFFUSERS_ATTENTION): tensor
+            for name, tensor in stored.items()
+            if _KEPT_ASIDE.search(name) and name not in read
+        }
+    )
 
 
 def _stored_tensors(folder: Path) -> dict[str, LazyTensor]:

@@ -114,9 +114,7 @@ def compile_recipe(work: Compilation, board: Board) -> Compiled:
         resume=work.resume,
         overwrite=work.overwrite,
         progress=lambda stage, done, total: saving.update(done, total),
-        report={
-            "metrics": {f"SQNR of one evaluation, {k}": decibels(v) for k, v in end_to_end.items()}
-        },
+        report={"metrics": {f"{k}, end to end": decibels(v) for k, v in end_to_end.items()}},
     )
     written = built.optimized.weight_bytes
     saving.finish(f"{size(written)}, {size(written / (time.perf_counter() - began))}/s")
@@ -197,7 +195,8 @@ class _Capture:
 
 def _check_before_work(work: Compilation, program: Program, capture: _Capture) -> None:
     """Plan on the captured graphs: what is wrong with options or sizes shows before a weight is
-    read; then there must be room for the result."""
+    read; then there must be room for the result. Passes that verify nothing read no weight, so
+    planning is left to them, and the look at the disk to `save`."""
     from turbo_opt.artifact.staging import check_space
     from turbo_opt.cli.clip_size import check_clip_size
     from turbo_opt.compiler.manager import PassManager, Verification
@@ -205,12 +204,13 @@ def _check_before_work(work: Compilation, program: Program, capture: _Capture) -
     capture.done()
     check_clip_size(work.recipe, program)
     planned = None
-    try:
-        planned = PassManager(work.pipeline, verification=Verification("off")).run(program)
-    except BadInput:
-        raise
-    except TurboOptError:
-        pass  # the run itself meets it again, and leaves a reproducer
+    if work.recipe.verify.mode != "off":
+        try:
+            planned = PassManager(work.pipeline, verification=Verification("off")).run(program)
+        except BadInput:
+            raise
+        except TurboOptError:
+            pass  # the run itself meets it again, and leaves a reproducer
     if planned is not None and not work.resume:
         check_space(existing_parent(work.out), planned.weight_bytes + _OTHER_BYTES)
     if work.dump_ir is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from turbo_opt._version import __version__
@@ -38,4 +40,7 @@ def cli() -> None:
 
 def main() -> None:
     """The console script; exits the process."""
+    # Large tensors in huge pages: half of the time of a fresh one is page faults otherwise.
+    # torch looks at it when it first allocates.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     cli(prog_name="turbo-opt")

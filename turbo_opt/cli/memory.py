@@ -6,18 +6,13 @@ memory. Kernels' own scratch space is left out.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from turbo_opt.ir.edit import parameter_names, user_inputs
 from turbo_opt.ir.program import Denoiser
-
-_TEXT_TOKENS = 512
+from turbo_opt.ir.sizes import clip_sizes, nbytes
 
 
 def peak_activation_bytes(denoiser: Denoiser, latents: tuple[int, int, int]) -> int:
@@ -26,7 +21,9 @@ def peak_activation_bytes(denoiser: Denoiser, latents: tuple[int, int, int]) -> 
     Args:
         latents: latent frames, height and width.
     """
-    sizes = _symbol_values(denoiser, latents)
+    patch = denoiser.config["patch_size"]
+    frames, rows, columns = (side // size for side, size in zip(latents, patch, strict=True))
+    sizes = clip_sizes(user_inputs(denoiser.exported), (frames, rows, columns))
     weights = parameter_names(denoiser.exported)
     nodes = [node for node in denoiser.graph.nodes if node not in weights]
     source: dict[Node, Node] = {}
@@ -43,9 +40,9 @@ def peak_activation_bytes(denoiser: Denoiser, latents: tuple[int, int, int]) -> 
     alive = peak = 0
     for position, node in enumerate(nodes):
         if source[node] is node:
-            alive += _bytes(node.meta.get("val"), sizes)
+            alive += nbytes(node.meta.get("val"), sizes)
         peak = max(peak, alive)
-        alive -= sum(_bytes(done.meta.get("val"), sizes) for done in ends.get(position, ()))
+        alive -= sum(nbytes(done.meta.get("val"), sizes) for done in ends.get(position, ()))
     return peak
 
 
@@ -66,35 +63,3 @@ def _viewed(node: Node) -> Node | None:
 def _same(one: Node, other: Node) -> bool:
     left, right = one.meta.get("val"), other.meta.get("val")
     return isinstance(left, Tensor) and isinstance(right, Tensor) and left.dtype == right.dtype
-
-
-def _bytes(value: Any, sizes: Mapping[Any, int]) -> int:
-    if isinstance(value, tuple | list):
-        return sum(_bytes(item, sizes) for item in value)
-    if not isinstance(value, Tensor):
-        return 0
-    return math.prod(_side(side, sizes) for side in value.shape) * value.dtype.itemsize
-
-
-def _side(side: Any, sizes: Mapping[Any, int]) -> int:
-    return int(side.node.expr.subs(sizes)) if isinstance(side, torch.SymInt) else side
-
-
-def _symbol_values(denoiser: Denoiser, latents: tuple[int, int, int]) -> dict[Any, int]:
-    """A number for every symbol: one clip of this size, and as much text as Wan is given."""
-    patch = denoiser.config["patch_size"]
-    cells = [side // size for side, size in zip(latents, patch, strict=True)]
-    wanted = {
-        "hidden_states": dict(enumerate((1, 0, *cells))),
-        "control_hidden_states": dict(enumerate((1, 0, *cells))),
-        "timestep": {0: 1, 1: math.prod(cells)},
-    }
-    found: dict[Any, int] = {}
-    for node in user_inputs(denoiser.exported):
-        value = node.meta["val"]
-        for axis, side in enumerate(value.shape if isinstance(value, Tensor) else ()):
-            if isinstance(side, torch.SymInt):
-                for symbol in side.node.expr.free_symbols:
-                    number = wanted.get(str(node.target), {}).get(axis, _TEXT_TOKENS)
-                    found.setdefault(symbol, number)
-    return found

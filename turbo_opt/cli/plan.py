@@ -46,16 +46,25 @@ def plan(session: Session, **selection: Any) -> None:
     record = jsonable(_record(recipe, pipeline, captured, optimized, missing))
     _show(session, record)
     if missing:
-        names = ", ".join(f"{name} needs {' '.join(globs)}" for name, globs in missing.items())
-        raise BadInput(f"the checkpoint lacks weights that passes need: {names}")
+        raise BadInput("\n".join(_lacking(pipeline, missing)))
 
 
 def _missing(pipeline: list[PlannedPass], program: Program) -> dict[str, list[str]]:
     """Pass name → globs over weight names that the checkpoint does not satisfy."""
-    from turbo_opt.compiler.validation import missing_weights
-
-    found = {item.spec.name: missing_weights(item.pass_class, program) for item in pipeline}
+    found = {
+        item.spec.name: item.pass_class.missing_weights(item.options, program) for item in pipeline
+    }
     return {name: globs for name, globs in found.items() if globs}
+
+
+def _lacking(pipeline: list[PlannedPass], missing: Mapping[str, list[str]]) -> list[str]:
+    from turbo_opt.compiler.validation import missing_weights_message
+
+    return [
+        str(item.spec.error(missing_weights_message(item, missing[item.spec.name])))
+        for item in pipeline
+        if item.spec.name in missing
+    ]
 
 
 def _record(
@@ -110,6 +119,10 @@ def _memory(recipe: Recipe, captured: Program, optimized: Program) -> dict[str, 
     }
 
 
+def _first_of(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
+
+
 def _show(session: Session, record: dict[str, Any]) -> None:
     from turbo_opt.cli.tables import NOTHING, near_miss_lines, pairs, size, table
 
@@ -121,7 +134,7 @@ def _show(session: Session, record: dict[str, Any]) -> None:
             NOTHING if row["matches"] is None else row["matches"],
             row["near_misses"],
             size(row["weight_bytes_after"]),
-            ", ".join(row["missing_weights"]) or NOTHING,
+            _first_of(row["missing_weights"]) or NOTHING,
         )
         for number, row in enumerate(record["passes"], 1)
     ]

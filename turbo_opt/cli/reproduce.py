@@ -32,10 +32,13 @@ def reproduce(session: Session, folder: Path) -> None:
     from turbo_opt.compiler.manager import PassManager
     from turbo_opt.compiler.reproducer import read_reproducer
     from turbo_opt.compiler.validation import validate_pipeline
+    from turbo_opt.targets import get_target
 
     program, specs = read_reproducer(folder)
-    pipeline = validate_pipeline(specs, facts=program.facts)
-    verification = _verification(_recipe(folder), pipeline)
+    recipe = _recipe(folder)
+    target = get_target(recipe.target) if recipe is not None else None
+    pipeline = validate_pipeline(specs, target=target, facts=program.facts)
+    verification = _verification(recipe, pipeline)
     with Board(session) as board:
         watching = PassProgress(board, len(pipeline))
         manager = PassManager(pipeline, verification=verification, instruments=[watching])

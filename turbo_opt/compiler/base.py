@@ -15,6 +15,7 @@ import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -93,6 +94,8 @@ class Pass(abc.ABC):
     numerics: ClassVar[Numerics]
     needs_weights: ClassVar[tuple[str, ...]] = ()
     """Globs over parameter names that the checkpoint must hold for this pass to make sense."""
+    missing_weights_hint: ClassVar[str] = ""
+    """What it means that weights are missing, and what to do, in one clause."""
     may_match_nothing: ClassVar[bool] = False
     """True only where doing nothing is a normal outcome (a graph already in canonical form)."""
 
@@ -109,6 +112,12 @@ class Pass(abc.ABC):
     def objection_to(cls, options: PassOptions, target: Target) -> str | None:
         """Why the pass with these options cannot serve `target`, in one clause; None if it can."""
         return None
+
+    @classmethod
+    def missing_weights(cls, options: PassOptions, program: Program) -> list[str]:
+        """Names or globs of weights that the pass needs and the captured `program` lacks."""
+        names = [name for denoiser in program for name in (*denoiser.weights, *denoiser.unread)]
+        return [glob for glob in cls.needs_weights if not any(fnmatch(n, glob) for n in names)]
 
     @classmethod
     def summary(cls) -> str:

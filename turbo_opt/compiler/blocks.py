@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import re
 
-import torch
+from torch.fx import Node
 
 from turbo_opt.errors import BadInput
 from turbo_opt.ir.edit import module_path
 from turbo_opt.ir.program import Denoiser
 
+_ATTENTION = frozenset(
+    {
+        "aten.scaled_dot_product_attention.default",
+        "turbo_opt.sla.default",
+        "turbo_opt.sagesla.default",
+        "turbo_opt.norm_rope_sagesla.default",
+    }
+)
 _NUMBERED = re.compile(r"^(?P<stack>[A-Za-z_][\w]*(?:\.[A-Za-z_]\w*)*)\.(?P<index>\d+)\.")
+
+
+def is_attention(node: Node) -> bool:
+    """Whether `node` is attention, PyTorch's or one of ours. Its first operand is q."""
+    return str(node.target) in _ATTENTION
 
 
 class BlockIndex:
@@ -20,7 +33,7 @@ class BlockIndex:
         self._denoiser = denoiser.name
         self._lengths: dict[str, int] = {}
         for node in denoiser.graph.nodes:
-            if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            if is_attention(node):
                 found = _NUMBERED.match(module_path(node) + ".")
                 if found:
                     stack, index = found["stack"], int(found["index"])

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from turbo_opt.compiler.verification import LocalVerifier
 from turbo_opt.ir.program import Denoiser
+from turbo_opt.targets import Target
 
 Observe = Callable[[Any], Tensor]
 """Maps an operator's result to the tensor that is compared (dequantizes a quantized pair)."""
@@ -23,10 +24,12 @@ class PassContext:
     Attributes:
         verifier: compares each match with its replacement; None when planning without weights.
         tick: called once for each match, for progress.
+        target: the machine to compile for; None when none was named.
     """
 
     verifier: LocalVerifier | None = None
     tick: Callable[[], None] = field(default=lambda: None)
+    target: Target | None = None
 
     def verify(
         self,
@@ -35,14 +38,15 @@ class PassContext:
         after: Node,
         inputs: Sequence[Node],
         observe: Observe | None = None,
+        at: Node | None = None,
     ) -> None:
         """Run both forms on the same seeded inputs with the real weights and compare them.
 
-        Both nodes are in the graph, and both depend on nothing but `inputs` and weights.
+        Both nodes are in the graph, and both depend on nothing but `inputs` and weights. Reports
+        name the node `at`, by default `before`.
 
         Raises:
             BudgetExceeded: the replacement is further off than the tier's budget, with the node.
         """
-        self.tick()
         if self.verifier is not None:
-            self.verifier.check(denoiser, before, after, inputs, observe)
+            self.verifier.check(denoiser, before, after, inputs, observe, at)

@@ -41,6 +41,8 @@ def _output(denoiser: Denoiser, seed: int, device: torch.device | str) -> Tensor
     from turbo_opt.runtime.module import CompiledTransformer
 
     weights = dict(denoiser.weights.items_by_producer())
-    network = CompiledTransformer.build(denoiser.exported, weights, denoiser.config, device)
+    network = CompiledTransformer.build(
+        denoiser.exported, weights, denoiser.config, device, denoiser.stages
+    )
     inputs = replay_inputs(denoiser.exported, tuple(denoiser.config["patch_size"]), seed)
     return run_replay(network, inputs).float()

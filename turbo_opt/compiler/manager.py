@@ -130,7 +130,9 @@ class PassManager:
         planned = self._pipeline[index]
         self._tell("before_pass", index, planned, before)
         verifier = self._verification.verifier(planned)
-        context = PassContext(verifier, tick=lambda: self._tell("match_found"))
+        context = PassContext(
+            verifier, tick=lambda: self._tell("match_found"), target=planned.target
+        )
         started = time.perf_counter()
         try:
             result = planned.pass_class().run(before.fork(), planned.options, context)

@@ -4,12 +4,14 @@
 
 `match(node, view)` looks at an anchor: None when the node is not one, a `Miss` with the reason
 when it nearly fits, a `Found` when it does. `replace(found, editor)` builds the new form before
-the found output and returns its node. Every rewrite is verified before the old form goes away.
+the found output and returns its node, or old node → new node where several are replaced. Every
+rewrite is verified before the old form goes away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +57,7 @@ class Editor:
         self.denoiser = denoiser
         self.weights = denoiser.parameters()
         self._before: Node | None = None
+        self._made: list[Node] = []
 
     def before(self, node: Node) -> Editor:
         """Build before `node` from now on."""
@@ -64,7 +67,17 @@ class Editor:
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """Call an operator on nodes and constants."""
         assert self._before is not None
-        return insert_call(self.denoiser.exported, self._before, target, args, kwargs)
+        node = insert_call(self.denoiser.exported, self._before, target, args, kwargs)
+        self._made.append(node)
+        return node
+
+    @contextmanager
+    def scratch(self) -> Iterator[None]:
+        """Calls made inside are erased at the end."""
+        kept = len(self._made)
+        yield
+        while len(self._made) > kept:
+            self.denoiser.graph.erase_node(self._made.pop())
 
     def weight(self, name: str, tensor: LazyTensor) -> Node:
         """A placeholder for a new weight with this expression; the known one if it is there."""
@@ -77,8 +90,10 @@ class Editor:
         return node
 
 
+Replacement = Node | Mapping[Node, Node]
 MatchFunction = Callable[[Node, Denoiser], Found | Miss | None]
-ReplaceFunction = Callable[[Found, Editor], Node]
+ReplaceFunction = Callable[[Found, Editor], Replacement]
+CompareFunction = Callable[[Found, Any, Editor], Sequence[tuple[Node, Node]]]
 
 
 def rewrite_each(
@@ -87,11 +102,14 @@ def rewrite_each(
     match: MatchFunction,
     replace: ReplaceFunction,
     observe: Observe | None = None,
+    compare: CompareFunction | None = None,
 ) -> PassResult:
     """Replace every match in every denoiser of `program`, in place, and report.
 
     Args:
         observe: maps the output's value to the tensor to compare, for outputs that are tuples.
+        compare: given the match, what `replace` returned and the editor, the pairs of nodes to
+            verify instead of each old node and its new one. It may build nodes for the purpose.
 
     Raises:
         BudgetExceeded: a replacement computes something else than what it replaces.
@@ -107,8 +125,14 @@ def rewrite_each(
             elif isinstance(found, Found):
                 record = Match(denoiser.name, found.anchor.name, module_path(found.anchor))
                 new = replace(found, editor.before(found.output))
-                context.verify(denoiser, found.output, new, found.inputs, observe)
-                replace_node(denoiser, found.output, new)
+                pairs = new if isinstance(new, Mapping) else {found.output: new}
+                with editor.scratch():
+                    checked = compare(found, new, editor) if compare else tuple(pairs.items())
+                    for before, after in checked:
+                        context.verify(denoiser, before, after, found.inputs, observe, found.output)
+                for old, its_new in pairs.items():
+                    replace_node(denoiser, old, its_new)
+                context.tick()
                 matches.append(record)
         clean(denoiser)
     return PassResult(program, tuple(matches), tuple(misses))
@@ -139,6 +163,15 @@ def only_user(node: Node) -> Node | None:
 def is_call(node: Any, target: Callable[..., Any]) -> bool:
     """Whether `node` is a call of `target`."""
     return isinstance(node, Node) and node.op == "call_function" and node.target is target
+
+
+def named_args(node: Any) -> dict[str, Any]:
+    """Arguments of an operator call by their names in its schema, defaults filled in."""
+    schema = node.target._schema.arguments
+    values = {argument.name: argument.default_value for argument in schema}
+    values.update(zip(values, node.args, strict=False))
+    values.update(node.kwargs)
+    return values
 
 
 def other_operand(node: Node, operand: Node) -> Any:

@@ -28,6 +28,8 @@ def write_program(program: Program, folder: Path) -> None:
                 "model_class": denoiser.model_class,
                 "config": dict(denoiser.config),
                 "weights": {name: to_json(tensor) for name, tensor in denoiser.weights.items()},
+                "unread": {name: to_json(tensor) for name, tensor in denoiser.unread.items()},
+                "stages": dict(denoiser.stages),
             }
             for denoiser in program
         },
@@ -55,9 +57,15 @@ def read_program(folder: Path) -> Program:
         raise BadInput(f"{folder}: holds no stored program ({error})") from None
     denoisers = {}
     for name, item in record["denoisers"].items():
-        weights = WeightStore({key: from_json(value) for key, value in item["weights"].items()})
+        weights, unread = (
+            WeightStore({key: from_json(value) for key, value in item.get(part, {}).items()})
+            for part in ("weights", "unread")
+        )
         exported = read_graph(folder / f"{name}.pt2")
-        denoisers[name] = Denoiser(name, exported, weights, item["model_class"], item["config"])
+        stages = {stage: tuple(names) for stage, names in item.get("stages", {}).items()}
+        denoisers[name] = Denoiser(
+            name, exported, weights, item["model_class"], item["config"], stages, unread
+        )
     components = record["components"]
     components["folders"] = {k: (v[0], v[1]) for k, v in components["folders"].items()}
     return Program(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 
 from turbo_opt.compiler.base import Pass, PassOptions, get_pass, registered_passes
 from turbo_opt.compiler.pipeline import PassSpec, validate_options
@@ -19,11 +18,12 @@ from turbo_opt.targets import Target
 
 @dataclass(frozen=True)
 class PlannedPass:
-    """A pass of a checked pipeline: what was written, its class and its typed options."""
+    """A pass of a checked pipeline: what was written, its class, typed options and target."""
 
     spec: PassSpec
     pass_class: type[Pass]
     options: PassOptions
+    target: Target | None = None
 
 
 def validate_pipeline(
@@ -49,7 +49,7 @@ def validate_pipeline(
         if objection is not None:
             raise spec.error(f"{spec.name}: {objection}")
         facts = facts_after(pass_class, facts)
-        planned.append(PlannedPass(spec, pass_class, options))
+        planned.append(PlannedPass(spec, pass_class, options, target))
     return planned
 
 
@@ -60,20 +60,20 @@ def check_weights(planned: Sequence[PlannedPass], program: Program) -> None:
         BadInput: a pass needs weights that no denoiser has.
     """
     for item in planned:
-        missing = missing_weights(item.pass_class, program)
+        missing = item.pass_class.missing_weights(item.options, program)
         if missing:
-            raise item.spec.error(
-                f"{item.spec.name} needs weights named {', '.join(missing)}, "
-                "which the checkpoint does not hold"
-            )
+            raise item.spec.error(missing_weights_message(item, missing))
 
 
-def missing_weights(pass_class: type[Pass], program: Program) -> list[str]:
-    """The globs of `needs_weights` that match no weight of `program`."""
-    names = [name for denoiser in program for name in denoiser.weights]
-    return [
-        glob for glob in pass_class.needs_weights if not any(fnmatch(name, glob) for name in names)
-    ]
+def missing_weights_message(planned: PlannedPass, missing: Sequence[str]) -> str:
+    """What a pass that lacks weights says: their names, or the first and how many more."""
+    names = ", ".join(missing[:3] if len(missing) <= 3 else missing[:1])
+    more = f" and {len(missing) - 1} more" if len(missing) > 3 else ""
+    hint = planned.pass_class.missing_weights_hint
+    return (
+        f"{planned.spec.name} needs weights named {names}{more}, which the checkpoint does not "
+        f"hold{': ' if hint else ''}{hint}"
+    )
 
 
 def facts_after(pass_class: type[Pass], facts: frozenset[Fact]) -> frozenset[Fact]:

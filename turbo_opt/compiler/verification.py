@@ -92,6 +92,7 @@ class LocalVerifier:
         after: Node,
         inputs: Sequence[Node],
         observe: Callable[[Any], Tensor] | None = None,
+        at: Node | None = None,
     ) -> None:
         """Compare `after` with `before`; see `PassContext.verify`.
 
@@ -107,7 +108,8 @@ class LocalVerifier:
             expected, found = self._evaluator.run([before, after], inputs)
         if observe is not None:
             expected, found = observe(expected), observe(found)
-        check = Check(denoiser.name, before.name, module_path(before), sqnr_db(expected, found))
+        place = at or before
+        check = Check(denoiser.name, place.name, module_path(place), sqnr_db(expected, found))
         self.checks.append(check)
         self._judge(check, expected, found)
 

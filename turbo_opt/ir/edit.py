@@ -97,6 +97,19 @@ def insert_call(
     return node
 
 
+def dependents(node: Node, until: Node) -> list[Node]:
+    """The nodes between `node` and `until` that follow from `node`, in graph order."""
+    found: list[Node] = []
+    known = {node}
+    current = node.next
+    while current is not until:
+        if not known.isdisjoint(current.all_input_nodes):
+            known.add(current)
+            found.append(current)
+        current = current.next
+    return found
+
+
 def copy_exported(exported: ExportedProgram) -> ExportedProgram:
     """A copy with its own graph and signature; fake values are shared, they never change."""
     graph_module = torch.fx.GraphModule({}, copy.deepcopy(exported.graph))

@@ -17,5 +17,8 @@ class Fact(StrEnum):
     LINEAR_QUANTIZED = "linear-quantized"
     """At least one linear layer runs on quantized operands."""
 
+    INVARIANTS_HOISTED = "invariants-hoisted"
+    """Denoisers name the inputs that define their stages; see `ir.stages`."""
+
     DISTILLED = "distilled"
     """The schedule is that of a step-distilled student."""

@@ -9,6 +9,7 @@ header, data).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -39,6 +40,10 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MAX_HEADER = 100 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 64, 64 * 2**10
+_PAGE = 4096
+_DIRECT_BYTES = 2**20
+"""Longer reads of rows go past the system's cache where it does not hold the data: filling it
+costs more processor time than quantizing, and a model larger than memory is never found there."""
 
 
 def dtype_code(dtype: torch.dtype) -> str:
@@ -77,22 +82,30 @@ class SafetensorsFile:
 
     def read(self, key: str) -> Tensor:
         """One tensor, freshly allocated."""
-        entry = self._entry(key)
-        begin, end = entry["data_offsets"]
-        shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
+        shape, dtype = self.describe(key)
+        begin, end = self._entry(key)["data_offsets"]
         raw = torch.empty(end - begin, dtype=torch.uint8)
-        if end > begin:
-            array: Any = raw.numpy()
-            view = memoryview(array)
-            with open(self.path, "rb", buffering=0) as handle:
-                handle.seek(self._data_start + begin)
-                filled = 0
-                while filled < len(view):
-                    count = handle.readinto(view[filled:])
-                    if not count:
-                        raise BadInput(f"{self.path}: truncated inside tensor {key!r}")
-                    filled += count
+        array: Any = raw.numpy()
+        if _fill(self.path, 0, memoryview(array), 0, self._data_start + begin, 0) < len(raw):
+            raise BadInput(f"{self.path}: truncated inside tensor {key!r}")
         return raw.view(dtype).reshape(shape)
+
+    def read_rows(self, key: str, start: int, stop: int, pages: Tensor) -> Tensor:
+        """Rows `start` to `stop` of one tensor, of its leading axis.
+
+        Args:
+            pages: memory for them, from `new_pages`; the result lies in it.
+        """
+        (rows, *rest), dtype = self.describe(key)
+        begin, end = self._entry(key)["data_offsets"]
+        row = (end - begin) // max(rows, 1)
+        count = (stop - start) * row
+        raw = _read_bytes(self.path, self._data_start + begin + start * row, count, pages)
+        if len(raw) < count:
+            raise BadInput(f"{self.path}: truncated inside tensor {key!r}")
+        if raw.data_ptr() % dtype.itemsize:
+            raw = raw.clone()
+        return raw.view(dtype).reshape(stop - start, *rest)
 
     def prefetch(self, key: str) -> None:
         """Ask the system to read a tensor into its cache meanwhile; a hint, it may do nothing."""
@@ -127,6 +140,50 @@ class SafetensorsFile:
         if entry is None:
             raise BadInput(f"{self.path}: no tensor {key!r}{nearest(key, self._header)}")
         return entry
+
+
+def new_pages(count: int) -> Tensor:
+    """Memory for reads of up to `count` bytes, uint8, beginning at a page."""
+    buffer = torch.empty(count + 3 * _PAGE, dtype=torch.uint8)
+    return buffer[-buffer.data_ptr() % _PAGE :]
+
+
+def _read_bytes(path: str, position: int, count: int, pages: Tensor) -> Tensor:
+    """`count` bytes of a file, read into `pages`; fewer where the file ends."""
+    lead = position % _PAGE
+    array: Any = pages.numpy()
+    view, filled = memoryview(array)[: -(-(lead + count) // _PAGE) * _PAGE], 0
+    if count >= _DIRECT_BYTES and hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT"):
+        for mode, flags in ((0, os.RWF_NOWAIT), (os.O_DIRECT, 0)):
+            # What cannot be had this way is left to the plain read below.
+            with contextlib.suppress(OSError):
+                filled = _fill(path, mode, view, filled // _PAGE * _PAGE, position - lead, flags)
+    if filled < lead + count:
+        filled = _fill(path, 0, view[: lead + count], filled, position - lead, 0)
+    return pages[lead : max(min(filled, lead + count), lead)]
+
+
+def _fill(path: str, mode: int, view: memoryview, filled: int, position: int, flags: int) -> int:
+    """Read on from `filled` bytes of `view`, which stands at `position` of a file; how far it got.
+
+    Raises:
+        OSError: nothing more could be read so.
+    """
+    handle = os.open(path, os.O_RDONLY | mode)
+    try:
+        while filled < len(view):
+            try:
+                count = os.preadv(handle, [view[filled:]], position + filled, flags)
+            except OSError:
+                if mode or flags:
+                    break
+                raise
+            if not count:
+                break
+            filled += count
+        return filled
+    finally:
+        os.close(handle)
 
 
 @functools.lru_cache(maxsize=256)

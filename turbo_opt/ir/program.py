@@ -15,6 +15,7 @@ from turbo_opt.ir.edit import copy_exported, parameter_names
 from turbo_opt.ir.facts import Fact
 from turbo_opt.ir.printer import graph_text
 from turbo_opt.ir.schedule import Schedule
+from turbo_opt.ir.stages import StageInputs
 from turbo_opt.ir.weights import WeightStore
 
 
@@ -29,6 +30,10 @@ class Denoiser:
         weights: a lazy tensor for every parameter and buffer placeholder.
         model_class: the diffusers class it was captured from.
         config: that class's config.
+        stages: inputs that a clip, or a noise level, sets once: what follows from them alone is
+            computed once. None recorded: everything runs at each step. See `ir.stages`.
+        unread: weights of the checkpoint that the graph does not read, for passes that may want
+            them (`blocks.0.attn1.proj_l.weight` of sparse-linear attention); never saved.
     """
 
     name: str
@@ -36,6 +41,8 @@ class Denoiser:
     weights: WeightStore
     model_class: str
     config: Mapping[str, Any]
+    stages: StageInputs = field(default_factory=dict)
+    unread: WeightStore = field(default_factory=WeightStore)
 
     @property
     def graph_module(self) -> GraphModule:
@@ -53,13 +60,20 @@ class Denoiser:
 
     def fork(self) -> Denoiser:
         """A copy whose graph and weight map can be rewritten without touching this one."""
-        return replace(self, exported=copy_exported(self.exported), weights=self.weights.copy())
+        return replace(
+            self,
+            exported=copy_exported(self.exported),
+            weights=self.weights.copy(),
+            unread=self.unread.copy(),
+        )
 
     def digest(self) -> str:
-        """SHA-256 over the normalized graph with dtypes and arguments, and the weights."""
+        """SHA-256 over the normalized graph with dtypes and arguments, the weights, the stages."""
         hasher = hashlib.sha256(graph_text(self.exported, stable=True).encode())
         hasher.update(self.weights.digest().encode())
+        hasher.update(self.unread.digest().encode())
         hasher.update(json.dumps(dict(self.config), sort_keys=True, default=str).encode())
+        hasher.update(json.dumps(dict(self.stages), sort_keys=True).encode())
         return hasher.hexdigest()
 
 

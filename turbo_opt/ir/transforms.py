@@ -20,6 +20,24 @@ def block_quantized(weight: LazyTensor, scheme: str) -> tuple[LazyTensor, LazyTe
     return values, scales
 
 
+def concatenated(*tensors: LazyTensor) -> LazyTensor:
+    """`tensors` of one dtype and alike but for axis 0, one below the other.
+
+    Parts of whole 128-row blocks that are yet to be quantized are joined before: the numbers are
+    the same, and values and scales stay one computation.
+    """
+    first = tensors[0]
+    if all(_is_quantization_like(first, tensor) for tensor in tensors):
+        joined = concatenated(*(tensor.inputs[0] for tensor in tensors))
+        return apply(first.op, joined, **first.attrs)[first.output]
+    return apply("concatenate", *tensors)[0]
+
+
+def _is_quantization_like(first: LazyTensor, tensor: LazyTensor) -> bool:
+    same = (tensor.op, tensor.attrs, tensor.output) == (first.op, first.attrs, first.output)
+    return same and tensor.op == "block-quantize" and tensor.inputs[0].shape[0] % 128 == 0
+
+
 def _infer(weight: LazyTensor, scheme: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
     from turbo_opt.kernels.schemes import SCHEMES
 
@@ -34,4 +52,12 @@ def _compute(weight: Tensor, scheme: str) -> Sequence[Tensor]:
     return quantize_weight(weight, scheme)
 
 
-register_transform(Transform("block-quantize", _infer, _compute))
+def _infer_joined(*parts: LazyTensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    rows = sum(part.shape[0] for part in parts)
+    return [((rows, *parts[0].shape[1:]), parts[0].dtype)]
+
+
+register_transform(Transform("block-quantize", _infer, _compute, rows=128))
+register_transform(
+    Transform("concatenate", _infer_joined, lambda *parts: [torch.cat(parts)], concatenates=True)
+)

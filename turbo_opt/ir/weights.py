@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbo_opt.ir.files import SafetensorsFile
+from turbo_opt.ir.files import SafetensorsFile, new_pages
 
 Attrs = Mapping[str, Any]
 """Arguments of a transform: JSON values only, so that an expression can be written down."""
@@ -30,11 +30,19 @@ class Transform:
 
     `infer` gives the (shape, dtype) of every output from the inputs' shapes and dtypes; `compute`
     gives the tensors. Both take the transform's attributes as keywords.
+
+    Attributes:
+        rows: `compute` may be given any whole number of groups of so many leading rows of its one
+            input (the last group may be ragged), and gives those rows' part of every output. None:
+            it needs all rows.
+        concatenates: the output is the inputs, one below the other.
     """
 
     name: str
     infer: Callable[..., Sequence[tuple[tuple[int, ...], torch.dtype]]]
     compute: Callable[..., Sequence[Tensor]]
+    rows: int | None = None
+    concatenates: bool = False
 
 
 _TRANSFORMS: dict[str, Transform] = {}
@@ -112,6 +120,57 @@ class LazyTensor:
         inputs = (parent.evaluate(leaf)[parent.output] for parent in self.inputs)
         return _TRANSFORMS[self.op].compute(*inputs, **self.attrs)
 
+    @property
+    def comes_in_bands(self) -> bool:
+        """Whether `bands` gives more pieces the larger the tensor is."""
+        return all(part._rows_together is not None for part in self._parts())
+
+    def bands(self, most_bytes: int) -> Iterator[Sequence[Tensor]]:
+        """`load_all` in pieces: all outputs of one band of rows, then of the next.
+
+        A band is about `most_bytes` of the file, so that a weight of any size passes through the
+        processor's cache; it is valid until the next one is asked for. Where a transform needs all
+        rows, and for constants, there is one piece.
+        """
+        for part in self._parts():
+            if part._rows_together is None:
+                yield part.load_all()
+            else:
+                yield from part._bands(most_bytes, part._rows_together)
+
+    def _parts(self) -> Sequence[LazyTensor]:
+        """Expressions whose outputs, one below the other, are those of this one."""
+        transform = _TRANSFORMS.get(self.op)
+        if transform is None or (transform.rows is None and not transform.concatenates):
+            return (self,)
+        parts = [part for parent in self.inputs for part in parent._parts()]
+        if transform.concatenates:
+            return parts
+        if any(part.shape[0] % (transform.rows or 1) for part in parts[:-1]):
+            return (self,)
+        return [apply(self.op, part, **self.attrs)[self.output] for part in parts]
+
+    @property
+    def _rows_together(self) -> int | None:
+        """Rows of its one file that a band must hold a multiple of; None: there are no bands."""
+        if self.op == "file":
+            return 1 if self.shape else None
+        transform = _TRANSFORMS.get(self.op)
+        if transform is None or transform.rows is None:
+            return None
+        return transform.rows if self.inputs[0]._rows_together == 1 else None
+
+    def _bands(self, most_bytes: int, together: int) -> Iterator[Sequence[Tensor]]:
+        (source,) = self.sources()
+        rows = source.shape[0]
+        groups = most_bytes * rows // max(source.nbytes, 1) // together
+        step = max(groups, 1) * together
+        file, key = SafetensorsFile.open(source.attrs["path"]), source.attrs["key"]
+        pages = new_pages(-(-source.nbytes * min(step, rows) // max(rows, 1)))
+        for start in range(0, rows, step):
+            band = file.read_rows(key, start, min(start + step, rows), pages)
+            yield self.evaluate(lambda _, band=band: band)  # type: ignore[misc]
+
     def sources(self) -> Iterator[LazyTensor]:
         """The `file` leaves of this expression."""
         if self.op == "file":
@@ -188,6 +247,13 @@ class WeightStore(MutableMapping[str, LazyTensor]):
         pairs = sorted((name, tensor.digest) for name, tensor in self._tensors.items())
         return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
+    def names_by_producer(self) -> list[list[str]]:
+        """The names in groups: those in one group are outputs of one expression."""
+        groups: dict[str, list[str]] = {}
+        for name, tensor in self._tensors.items():
+            groups.setdefault(tensor.producer, []).append(name)
+        return list(groups.values())
+
     def items_by_producer(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every (name, tensor), computing each expression once.
 
@@ -195,10 +261,7 @@ class WeightStore(MutableMapping[str, LazyTensor]):
         rounds its weight once for values and scales. Memory: the tensors of one expression; the
         files of the next one are read ahead into the system's cache.
         """
-        groups: dict[str, list[str]] = {}
-        for name, tensor in self._tensors.items():
-            groups.setdefault(tensor.producer, []).append(name)
-        ordered = list(groups.values())
+        ordered = self.names_by_producer()
         for index, names in enumerate(ordered):
             if index + 1 < len(ordered):
                 for source in self._tensors[ordered[index + 1][0]].sources():
@@ -267,5 +330,6 @@ register_transform(
         name="cast",
         infer=lambda x, dtype: [(x.shape, dtype_from_name(dtype))],
         compute=lambda x, dtype: [x.to(dtype_from_name(dtype))],
+        rows=1,
     )
 )

@@ -13,6 +13,9 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from turbo_opt.ir.edit import copy_exported, parameter_names, user_inputs
+from turbo_opt.ir.stages import StageInputs, writes_in_place
+from turbo_opt.runtime.cuda_graph import CudaBackend, why_not
+from turbo_opt.runtime.staged import StagedGraph
 
 
 def executable(
@@ -72,13 +75,24 @@ def _set_weight(root: nn.Module, name: str, value: Tensor) -> None:
 class CompiledTransformer(nn.Module):
     """A drop-in for `pipe.transformer` in diffusers: same call, same config, same result type.
 
+    Where the artifact names stages (pass `hoist-invariants`), what a prompt, a noise level or a
+    clip size determines is computed once and kept, and on a GPU the rest of a step is replayed as a
+    CUDA graph from the second call of a shape on. Results are the same. One call at a time.
+
     Attributes:
         config: the diffusers config of the model it was captured from (attribute access works).
         dtype: dtype of latents and text embeddings it takes.
+        stages: which inputs define a stage; see `ir.stages`.
     """
 
     def __init__(
-        self, graph: nn.Module, config: Mapping[str, Any], dtype: torch.dtype, inputs: list[str]
+        self,
+        graph: GraphModule,
+        config: Mapping[str, Any],
+        dtype: torch.dtype,
+        inputs: list[str],
+        stages: StageInputs | None = None,
+        cuda_graph: bool = True,
     ) -> None:
         super().__init__()
         from diffusers.configuration_utils import FrozenDict
@@ -87,6 +101,9 @@ class CompiledTransformer(nn.Module):
         self.config = FrozenDict(copy.deepcopy(dict(config)))
         self.dtype = dtype
         self.inputs = inputs
+        self.stages = dict(stages or {}) if writes_in_place(graph.graph) is None else {}
+        self._cuda_graph = cuda_graph
+        self._staged: StagedGraph | None = None
 
     @classmethod
     def build(
@@ -95,20 +112,41 @@ class CompiledTransformer(nn.Module):
         weights: Mapping[str, Tensor],
         config: Mapping[str, Any],
         device: torch.device | str,
+        stages: StageInputs | None = None,
+        cuda_graph: bool = True,
     ) -> CompiledTransformer:
-        """Put weights and graph together on `device`; see `executable` for what it raises."""
+        """Put weights and graph together on `device`; see `executable` for what it raises.
+
+        Args:
+            stages: which inputs define a stage; without them the graph runs as a whole.
+            cuda_graph: replay steps as CUDA graphs on a GPU.
+        """
         nodes = user_inputs(exported)
         dtype = nodes[0].meta["val"].dtype
         names = [str(node.target) for node in nodes]
-        return cls(executable(exported, weights, device), config, dtype, names)
+        graph = executable(exported, weights, device)
+        return cls(graph, config, dtype, names, stages, cuda_graph)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(iter(self.graph.state_dict().values())).device
 
+    @property
+    def cuda_graph_status(self) -> str:
+        """`on, …`, `off, …` or `failed, …` with the reason, for people to read."""
+        if not self.stages:
+            return "off, the artifact was made without the pass hoist-invariants"
+        reason = why_not(self.device, self._cuda_graph)
+        if reason is not None:
+            return reason
+        graphs = self._staged.graphs if self._staged is not None else None
+        return graphs.status if graphs is not None else "on, not called yet"
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledTransformer:
         """Move to another device. Weights keep their dtypes: the graph is compiled for them.
+
+        What was kept for prompts, noise levels and clip sizes is dropped.
 
         Raises:
             ValueError: another dtype is asked for.
@@ -120,9 +158,9 @@ class CompiledTransformer(nn.Module):
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(fn(torch.empty(0, dtype=self.dtype, device=tensor.device)).device)
 
+        self._staged = None
         super()._apply(move, recurse)
-        if isinstance(self.graph, GraphModule):
-            _send_factories_to(self.graph, self.device)
+        _send_factories_to(self.graph, self.device)
         return self
 
     def forward(
@@ -139,7 +177,8 @@ class CompiledTransformer(nn.Module):
 
         Args:
             hidden_states: latents (B, C, F, H, W).
-            timestep: (B,), or (B, L) for models with a timestep per token; any real dtype.
+            timestep: (B,), or (B, L) for models with a timestep per token; any real dtype. One on
+                the CPU is accepted anywhere, and what follows from it is known again by its value.
             encoder_hidden_states: text embeddings (B, L_text, C_text).
             encoder_hidden_states_image: image embeddings, where the model takes them.
             return_dict: give a `Transformer2DModelOutput` instead of a 1-tuple.
@@ -152,18 +191,18 @@ class CompiledTransformer(nn.Module):
         """
         if attention_kwargs:
             raise ValueError("a compiled transformer takes no attention_kwargs; merge LoRA first")
-        given = {
+        named = {
             "hidden_states": hidden_states,
-            "timestep": timestep.to(torch.float32),
+            "timestep": timestep,
             "encoder_hidden_states": encoder_hidden_states,
             "encoder_hidden_states_image": encoder_hidden_states_image,
             **conditions,
         }
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in named.items() if value is not None}
         if set(given) != set(self.inputs):
             raise ValueError(f"the model takes {self.inputs}, got {sorted(given)}")
         self._check_shape(hidden_states)
-        sample = self.graph(**given)[0]
+        sample = self._velocity(given)
         if not return_dict:
             return (sample,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -172,8 +211,19 @@ class CompiledTransformer(nn.Module):
 
     @contextlib.contextmanager
     def cache_context(self, name: str, **_: Any) -> Iterator[None]:
-        """Diffusers' hook for step caches; a compiled graph keeps no state between calls."""
+        """Diffusers' hook for step caches; nothing to do, prompts are told apart by themselves."""
         yield
+
+    def _velocity(self, given: dict[str, Tensor]) -> Tensor:
+        if not self.stages or _is_traced(given):
+            timestep = given["timestep"].to(given["hidden_states"].device, torch.float32)
+            return self.graph(**{**given, "timestep": timestep})[0]  # type: ignore[no-any-return]
+        if self._staged is None:
+            device = self.device
+            wanted = why_not(device, self._cuda_graph) is None
+            backend = CudaBackend(device) if wanted else None
+            self._staged = StagedGraph(self.graph, self.stages, backend)
+        return self._staged(given)
 
     def _check_shape(self, hidden_states: Tensor) -> None:
         channels, patch = self.config["in_channels"], self.config["patch_size"]
@@ -185,3 +235,11 @@ class CompiledTransformer(nn.Module):
             side = hidden_states.shape["BCFHW".index(axis)]
             if side % size:
                 raise ValueError(f"latent {axis} = {side} is not a multiple of the patch {size}")
+
+
+def _is_traced(given: Mapping[str, Tensor]) -> bool:
+    """Whether the caller records this call, for gradients or in a CUDA graph of its own: then
+    nothing may come from an earlier one."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given.values()):
+        return True
+    return given["hidden_states"].is_cuda and torch.cuda.is_current_stream_capturing()

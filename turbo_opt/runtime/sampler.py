@@ -19,6 +19,7 @@ from torch import Tensor
 
 from turbo_opt.errors import BadInput
 from turbo_opt.ir.schedule import Schedule, Step
+from turbo_opt.runtime.module import CompiledTransformer
 
 Progress = Callable[[int, int], None]
 """Told (steps done, steps in all) after every step."""
@@ -69,15 +70,22 @@ def sample(
     """
     _check(transformers, schedule, negative_prompt_embeds)
     stepper = _Scheduler(schedule, latents.device)
+    # The same tensors at every step: a compiled network knows them again by identity.
+    dtypes = {transformers[step.denoiser].dtype for step in schedule.steps}
+    prompts = {dtype: prompt_embeds.to(dtype) for dtype in dtypes}
+    negatives = {}
+    if negative_prompt_embeds is not None:
+        negatives = {dtype: negative_prompt_embeds.to(dtype) for dtype in dtypes}
     x = latents
     for index, step in enumerate(schedule.steps):
         network = transformers[step.denoiser]
         inputs = {
             "hidden_states": x.to(network.dtype),
-            "timestep": _timestep(schedule, step, x, network.config["patch_size"]),
+            "timestep": _timestep(schedule, step, x, network),
             **(conditions or {}),
         }
-        v = _predict(network, inputs, prompt_embeds, negative_prompt_embeds, step)
+        prompt, negative = prompts[network.dtype], negatives.get(network.dtype)
+        v = _predict(network, inputs, prompt, negative, step.guidance_scale)
         if step.rule == "scheduler":
             x = stepper.step(index, v, x.float())
         else:
@@ -110,25 +118,27 @@ def _predict(
     inputs: Mapping[str, Tensor],
     prompt_embeds: Tensor,
     negative_prompt_embeds: Tensor | None,
-    step: Step,
+    guidance_scale: float | None,
 ) -> Tensor:
     def run(embeds: Tensor) -> Tensor:
-        embeds = embeds.to(network.dtype)
         return network(**inputs, encoder_hidden_states=embeds, return_dict=False)[0]  # type: ignore[no-any-return]
 
     conditional = run(prompt_embeds)
-    if step.guidance_scale is None:
+    if guidance_scale is None:
         return conditional
     assert negative_prompt_embeds is not None
     unconditional = run(negative_prompt_embeds)
-    return unconditional + step.guidance_scale * (conditional - unconditional)
+    return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def _timestep(schedule: Schedule, step: Step, x: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    value = torch.tensor(step.timestep, dtype=torch.float32, device=x.device)
+def _timestep(schedule: Schedule, step: Step, x: Tensor, network: Any) -> Tensor:
     if not schedule.expand_timesteps:
-        return value.expand(x.shape[0])
+        # A compiled network looks the value up; on a GPU, reading it would wait for the last step.
+        device = "cpu" if isinstance(network, CompiledTransformer) else x.device
+        return torch.full((x.shape[0],), step.timestep, dtype=torch.float32, device=device)
+    patch = network.config["patch_size"]
     tokens = math.prod(side // size for side, size in zip(x.shape[2:], patch, strict=True))
+    value = torch.tensor(step.timestep, dtype=torch.float32, device=x.device)
     return value.expand(x.shape[0], tokens)
 
 

@@ -1,0 +1,67 @@
+// What the kernels over rows share. A lane holds 8 consecutive channels of 16 bits: 16 bytes.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+
+#define DEVICE static __device__ __forceinline__
+
+struct __align__(16) Chunk {
+    u32 pairs[4];
+};
+
+DEVICE void unpack(const Chunk &chunk, float (&values)[8]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        values[2 * i] = __uint_as_float(chunk.pairs[i] << 16);
+        values[2 * i + 1] = __uint_as_float(chunk.pairs[i] & 0xFFFF0000u);
+    }
+}
+
+DEVICE u32 pack_bf16(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+DEVICE Chunk pack(const float (&values)[8]) {
+    Chunk chunk;
+#pragma unroll
+    for (int i = 0; i < 4; i++) chunk.pairs[i] = pack_bf16(values[2 * i], values[2 * i + 1]);
+    return chunk;
+}
+
+#if __CUDA_ARCH__ >= 890
+// Four floats as e4m3, the first in the lowest byte.
+DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
+    u16 low, high;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+    return (u32)low | ((u32)high << 16);
+}
+
+DEVICE float warp_sum(float x) {
+#pragma unroll
+    for (int lanes = 16; lanes; lanes >>= 1) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+    return x;
+}
+
+// Quantizes 128 channels that lie in 16 neighbouring lanes; returns their scale.
+DEVICE float quantize_group(const float (&values)[8], u32 (&quantized)[2]) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(values[i]));
+#pragma unroll
+    for (int lanes = 8; lanes; lanes >>= 1)
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+    largest = fmaxf(largest, 1e-8f);
+    float factor;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(factor) : "f"(largest));
+    factor *= 448.0f;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        quantized[i] = pack_e4m3(values[4 * i] * factor, values[4 * i + 1] * factor,
+                                 values[4 * i + 2] * factor, values[4 * i + 3] * factor);
+    return largest * (1.0f / 448.0f);
+}
+#endif

@@ -1,0 +1,185 @@
+"""Launch rows.cu and groups.cu: norms, gated residuals and quantization of bfloat16 rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..capability import Capability, capability_of
+from ..schemes import BLOCK
+from .compiler import Kernel, Long, load_kernel
+
+WARPS = 8  # of a program
+LARGEST_ROW_OF_ONE_WARP = 4096  # beyond, two warps share a row if it splits evenly
+VALUES_PER_GROUP_PROGRAM = 256 * 4 * 8
+CHANNELS_PER_STEP = 256  # of a warp: 16 bytes per lane
+LARGEST_ROW = 6144  # a row lies packed in a warp's registers
+
+
+def unsupported(capability: Capability, dtype: torch.dtype, channels: int) -> str | None:
+    """Why the row kernel does not serve rows of that kind, or None."""
+    if dtype is not torch.bfloat16:
+        return f"its CUDA kernel reads bfloat16, not {dtype}"
+    if channels % CHANNELS_PER_STEP or channels > LARGEST_ROW:
+        return (
+            f"its CUDA kernel takes multiples of {CHANNELS_PER_STEP} up to {LARGEST_ROW} channels, "
+            f"got {channels}"
+        )
+    return unsupported_device(capability)
+
+
+def unsupported_scheme(
+    capability: Capability, dtype: torch.dtype, channels: int, scheme: str
+) -> str | None:
+    """As `unsupported`, for a result quantized by `scheme`."""
+    if scheme != "fp8-block":
+        return "its CUDA kernel quantizes in groups of 1×128 to e4m3"
+    return unsupported(capability, dtype, channels)
+
+
+def unsupported_groups(capability: Capability, dtype: torch.dtype, scheme: str) -> str | None:
+    """Why the kernel that quantizes without a norm does not serve, or None."""
+    if scheme != "fp8-block" or dtype is not torch.bfloat16:
+        return "its CUDA kernel quantizes bfloat16 in groups of 1×128 to e4m3"
+    return unsupported_device(capability)
+
+
+def unsupported_device(capability: Capability) -> str | None:
+    """Why the kernels do not run there, or None."""
+    if capability.at_least(9, 0) and not capability.at_least(10, 0):
+        return None
+    return "its CUDA kernel was measured on sm90 only"
+
+
+class Branch(NamedTuple):
+    """What is added to x before it is normalized, and where the sum goes."""
+
+    y: torch.Tensor  # (B, L, C)
+    gate: torch.Tensor | None  # (B or 1, L or 1, C)
+    stream: torch.Tensor  # (B, L, C), contiguous
+
+
+def process_rows(
+    x: torch.Tensor,
+    *,
+    branch: Branch | None = None,
+    gain: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 0.0,
+    centered: bool = False,
+    gain_offset: int = 0,
+    y: torch.Tensor | None = None,
+    y_scale: torch.Tensor | None = None,
+) -> None:
+    """Add `branch` to x (…, C) and normalize the sum into `y`, quantized if there is a scale.
+
+    Args:
+        y: as x, contiguous; None: nothing is normalized.
+        y_scale: (M, C / 128) float32 with strides (1, M).
+    """
+    if x.numel() == 0:
+        return
+    rows_BLC = _aligned_rows(x)
+    batch, length, channels = rows_BLC.shape
+    added = _aligned_rows(branch.y) if branch else None
+    gate, gain, bias = _parameters((branch.gate if branch else None, gain, bias), rows_BLC)
+    shared = channels > LARGEST_ROW_OF_ONE_WARP and channels % (2 * CHANNELS_PER_STEP) == 0
+    team = 2 if shared else 1
+    narrow = any(p is not None and p.dtype is torch.bfloat16 for p in (gate, gain, bias))
+    defines = {
+        "CHANNELS": channels,
+        "WARPS": WARPS,
+        "TEAM": team,
+        "BRANCH": int(branch is not None),
+        "OUTPUT": 0 if y is None else 2 if y_scale is not None else 1,
+        "CENTERED": int(centered),
+        "OFFSET": gain_offset,
+        "PARAMETER_BF16": int(narrow),
+    }
+    rows = batch * length
+    _load("rows.cu", "process_rows", x, defines).launch(
+        (-(-rows * team // WARPS),), 32 * WARPS,
+        rows_BLC, added, gate, gain, bias, branch.stream if branch else None, y, y_scale,
+        eps, rows, length,
+        *(stride for tensor in (rows_BLC, added, gate, gain, bias) for stride in _strides(tensor)),
+    )  # fmt: skip
+
+
+def quantize_normalized_rows(
+    x: torch.Tensor,
+    gain: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    gain_offset: int,
+    branch: Branch | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """LayerNorm of x (…, C), or of x plus a branch, as e4m3 and a scale (M, C / 128)."""
+    q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    rows, groups = x.numel() // x.shape[-1], x.shape[-1] // BLOCK
+    scale = torch.empty((groups, rows), dtype=torch.float32, device=x.device).t()
+    process_rows(
+        x, branch=branch, gain=gain, bias=bias, eps=eps, centered=True, gain_offset=gain_offset,
+        y=q, y_scale=scale,
+    )  # fmt: skip
+    return q, scale
+
+
+def quantize_groups(x: torch.Tensor, *, gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (…, K), or its GELU, as e4m3 (…, K) and a scale (M, K / 128) with strides (1, M)."""
+    x = x.contiguous()
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty((columns // BLOCK, rows), dtype=torch.float32, device=x.device).t()
+    if x.numel():
+        programs = -(-x.numel() // VALUES_PER_GROUP_PROGRAM)
+        kernel = _load("groups.cu", "quantize_groups", x, {"GELU": int(gelu)})
+        kernel.launch((programs,), 256, _on_16_bytes(x), q, scale, rows, columns // 8)
+    return q, scale
+
+
+def _load(source: str, name: str, x: torch.Tensor, defines: dict[str, int]) -> Kernel:
+    major, minor = capability_of(x.device)[1:]
+    architecture = f"sm_{major}{minor}{'a' if major == 9 else ''}"
+    return load_kernel(
+        f"common.cuh+{source}", name, architecture, x.device.index, tuple(defines.items())
+    )
+
+
+def _aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """View x (copying if there is no such view) as (B, L, C), each row on 16 bytes."""
+    x = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
+    if x.stride(2) != 1 or any(x.stride(axis) % 8 for axis in (0, 1) if x.shape[axis] > 1):
+        x = x.contiguous()
+    return _on_16_bytes(x)
+
+
+def _on_16_bytes(x: torch.Tensor) -> torch.Tensor:
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _parameters(
+    given: tuple[torch.Tensor | None, ...], x_BLC: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """Gate, gain and bias broadcast to x, of one dtype, each row on 16 bytes."""
+    dtypes = {p.dtype for p in given if p is not None}
+    common = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    ready = []
+    for parameter in given:
+        if parameter is not None:
+            parameter = parameter.to(common)
+            strides = [s for s, n in zip(parameter.stride(), parameter.shape, strict=True) if n > 1]
+            if parameter.stride(-1) != 1 or any(s % 8 for s in strides[:-1]):
+                parameter = parameter.contiguous()
+            parameter = _on_16_bytes(parameter).expand(x_BLC.shape)
+        ready.append(parameter)
+    return tuple(ready)
+
+
+def _strides(tensor: torch.Tensor | None) -> tuple[Long, Long]:
+    """Strides along batch and rows."""
+    if tensor is None:
+        return Long(0), Long(0)
+    return Long(tensor.stride(0)), Long(tensor.stride(1))

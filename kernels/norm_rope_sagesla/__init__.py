@@ -1,0 +1,143 @@
+"""sagesla from the projections on: RMSNorm and rotation of q and k belong to the operator.
+
+norm_rope_sagesla(q, k, v) = sagesla(norm_rope(q), norm_rope(k), v), (B, L, H·D) → (B, L, H·D)
+
+q and k are quantized as they are normalized; nothing is transposed or rounded to 16 bits between.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..capability import Capability
+from ..checks import check_activation, check_channels, check_rotation
+from ..operator import Operator, Provider
+from ..sagesla import cuda_supports as sagesla_on_cuda
+from ..sagesla import triton_supports as sagesla_on_triton
+from ..sparse_rules import (
+    SparseAttentionCall,
+    as_heads,
+    check_heads,
+    check_projection,
+    check_pv,
+    check_sparsity,
+)
+
+
+def check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    proj_weight: torch.Tensor | None,
+    proj_bias: torch.Tensor | None,
+    topk: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+    pv: str,
+) -> None:
+    name = "norm_rope_sagesla"
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        check_activation(name, x, rank=3)
+        check_channels(name, "weight", weight, x)
+        check_rotation(name, cos, sin, x)
+    head_dim = 2 * cos.shape[-1]
+    check_activation(name, v, rank=3)
+    check_heads(name, *(as_heads(x, head_dim) for x in (q, k, v)))
+    check_projection(name, proj_weight, proj_bias, head_dim)
+    check_sparsity(name, topk, block_q, block_k, feature_map)
+    check_pv(name, pv)
+
+
+def describe(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    proj_weight: torch.Tensor | None,
+    proj_bias: torch.Tensor | None,
+    topk: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+    pv: str,
+) -> tuple[int, SparseAttentionCall]:
+    head_dim, projected = 2 * cos.shape[-1], proj_weight is not None
+    call = SparseAttentionCall(head_dim, q.dtype, block_q, block_k, feature_map, projected, pv)
+    return q.shape[-1], call
+
+
+def fake(q: torch.Tensor, *_: object) -> torch.Tensor:
+    return q.new_empty(q.shape)
+
+
+def triton_supports(capability: Capability, call: tuple[int, SparseAttentionCall]) -> str | None:
+    return sagesla_on_triton(capability, call[1])
+
+
+def cuda_supports(capability: Capability, call: tuple[int, SparseAttentionCall]) -> str | None:
+    return sagesla_on_cuda(capability, call[1])
+
+
+NORM_ROPE_SAGESLA = Operator(
+    name="norm_rope_sagesla",
+    schema=(
+        "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor cos, "
+        "Tensor sin, float eps, Tensor? proj_weight, Tensor? proj_bias, float topk, int block_q, "
+        "int block_k, str feature_map, str pv) -> Tensor"
+    ),
+    package=__name__,
+    fake=fake,
+    check=check,
+    describe=describe,
+    providers=[
+        Provider("cuda", f"{__name__}.cuda", cuda_supports, requires="triton"),
+        Provider("triton", f"{__name__}.triton", triton_supports, requires="triton"),
+    ],
+)
+
+
+def norm_rope_sagesla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float = 1e-6,
+    proj_weight: torch.Tensor | None = None,
+    proj_bias: torch.Tensor | None = None,
+    topk: float = 0.1,
+    block_q: int = 64,
+    block_k: int = 128,
+    feature_map: str = "softmax",
+    pv: str = "fp8",
+) -> torch.Tensor:
+    """Normalize and rotate q and k, then attend as `sagesla` does.
+
+    Args:
+        q, k, v: (B, L, H·D) in bfloat16, float16 or float32, the projections; any strides, so
+            that they may be parts of one QKV product.
+        q_weight, k_weight, cos, sin, eps: as for `norm_rope`.
+        proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv: as for `sagesla`.
+
+    Returns:
+        (B, L, H·D) of q's dtype, contiguous.
+
+    Raises:
+        OperatorInputError: for another dtype, or arguments that do not fit.
+    """
+    return torch.ops.turbo_opt.norm_rope_sagesla.default(
+        q, k, v, q_weight, k_weight, cos, sin, eps, proj_weight, proj_bias,
+        topk, block_q, block_k, feature_map, pv,
+    )  # fmt: skip

@@ -1,0 +1,96 @@
+"""gated_residual, and the LayerNorm of its result, quantized: the stream is read once.
+
+    x' = x + y · gate
+    residual_layer_norm_quantize(x, y, gate, …) = x', layer_norm_quantize(x', …)
+
+The norm reads x' as it is stored, rounded to x's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..block_quantize import fake as fake_quantized
+from ..checks import check_residual
+from ..layer_norm_quantize import check as check_norm
+from ..operator import Operator
+from ..row_calls import RowCall, row_providers
+
+
+def check(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    scheme: str,
+) -> None:
+    check_residual("residual_layer_norm_quantize", x, y, gate)
+    check_norm(x, weight, bias, eps, scheme)
+
+
+def describe(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    scheme: str,
+) -> RowCall:
+    return RowCall(x.shape[-1], x.dtype, scheme)
+
+
+def fake(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    scheme: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), *fake_quantized(x, scheme)
+
+
+RESIDUAL_LAYER_NORM_QUANTIZE = Operator(
+    name="residual_layer_norm_quantize",
+    schema=(
+        "(Tensor x, Tensor y, Tensor? gate, Tensor? weight, Tensor? bias, float eps, str scheme)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    package=__name__,
+    fake=fake,
+    check=check,
+    describe=describe,
+    providers=row_providers(__name__),
+)
+
+
+def residual_layer_norm_quantize(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float = 1e-6,
+    scheme: str = "fp8-block",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Add a gated branch to the stream, and quantize the LayerNorm of the sum.
+
+    Args:
+        x, y, gate: as for `gated_residual`, C a multiple of 128.
+        weight, bias, eps: as for `layer_norm_quantize`.
+        scheme: `"int8-block"` or `"fp8-block"`.
+
+    Returns:
+        x' (B, L, C) of x's dtype; q (B, L, C) and its float32 scale, laid out as by
+        `quantize_activation`, M being B·L.
+
+    Raises:
+        OperatorInputError: for another dtype or scheme, or shapes that do not fit.
+    """
+    return torch.ops.turbo_opt.residual_layer_norm_quantize.default(
+        x, y, gate, weight, bias, eps, scheme
+    )

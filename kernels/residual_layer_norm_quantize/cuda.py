@@ -1,0 +1,21 @@
+"""residual_layer_norm_quantize by rows.cu, in groups of 1×128."""
+
+from __future__ import annotations
+
+import torch
+
+from .._cuda.rows import Branch, quantize_normalized_rows
+
+
+def residual_layer_norm_quantize(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    scheme: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    stream = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    branch = Branch(y, gate, stream)
+    return stream, *quantize_normalized_rows(x, weight, bias, eps, gain_offset=0, branch=branch)

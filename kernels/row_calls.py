@@ -1,0 +1,62 @@
+"""What operators over rows tell of a call, and who serves them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ._cuda import rows as cuda_rows
+from ._triton.support import unsupported_device, unsupported_row, unsupported_scheme
+from .capability import Capability
+from .operator import Provider
+
+
+class RowCall(NamedTuple):
+    """What the choice of a provider depends on; `scheme` is that of a quantized result."""
+
+    channels: int
+    dtype: torch.dtype
+    scheme: str | None = None
+
+
+def triton_supports(capability: Capability, call: RowCall) -> str | None:
+    """Kernels that hold a whole row."""
+    if call.scheme is None:
+        return unsupported_device(capability) or unsupported_row(call.channels)
+    return unsupported_scheme(capability, call.scheme) or unsupported_row(call.channels)
+
+
+def cuda_supports(capability: Capability, call: RowCall) -> str | None:
+    """rows.cu."""
+    if call.scheme is None:
+        return cuda_rows.unsupported(capability, call.dtype, call.channels)
+    return cuda_rows.unsupported_scheme(capability, call.dtype, call.channels, call.scheme)
+
+
+def triton_quantizes(capability: Capability, call: RowCall) -> str | None:
+    """Kernels that hold a tile of 128×128."""
+    assert call.scheme is not None
+    return unsupported_scheme(capability, call.scheme)
+
+
+def cuda_quantizes(capability: Capability, call: RowCall) -> str | None:
+    """groups.cu."""
+    assert call.scheme is not None
+    return cuda_rows.unsupported_groups(capability, call.dtype, call.scheme)
+
+
+def row_providers(package: str) -> list[Provider]:
+    """Providers of an operator that normalizes rows or adds to them."""
+    return [
+        Provider("cuda", f"{package}.cuda", cuda_supports),
+        Provider("triton", f"{package}.triton", triton_supports, requires="triton"),
+    ]
+
+
+def quantize_providers(package: str) -> list[Provider]:
+    """Providers of an operator that quantizes without a norm."""
+    return [
+        Provider("cuda", f"{package}.cuda", cuda_quantizes),
+        Provider("triton", f"{package}.triton", triton_quantizes, requires="triton"),
+    ]

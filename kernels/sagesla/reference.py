@@ -1,0 +1,67 @@
+"""The definition of sagesla: its operands are rounded to 8 bits, its sums are float32."""
+
+from __future__ import annotations
+
+import torch
+
+from ..schemes import SMALLEST_AMAX
+from ..sla.reference import (
+    linear_attention,
+    projected,
+    route,
+    sparse_attention,
+    split_blocks,
+)
+from ..sparse_rules import empty_heads
+
+INT8_MAX = 127.0
+FP8_MAX = 448.0
+
+
+def sagesla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    proj_weight: torch.Tensor | None,
+    proj_bias: torch.Tensor | None,
+    topk: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+    pv: str,
+) -> torch.Tensor:
+    if q.numel() == 0:
+        return empty_heads(q)
+    q32, k32, v32 = q.float(), k.float(), v.float()
+    smooth = k32 - k32.mean(2, keepdim=True)
+    lists = route(q32, smooth, topk, block_q, block_k)
+    q_rounded, k_rounded = through_int8(q32, 1), through_int8(smooth, block_k)
+    if pv == "fp8":
+        o = sparse_attention(
+            q_rounded, k_rounded, v_through_fp8(v32), lists, block_q, block_k, p_through_fp8
+        )
+    else:
+        o = sparse_attention(
+            q_rounded, k_rounded, v32, lists, block_q, block_k, lambda p: p.to(v.dtype).float()
+        )
+    if proj_weight is not None:
+        o = o + projected(linear_attention(q32, k32, v32, feature_map), proj_weight, proj_bias)
+    return empty_heads(q).copy_(o)
+
+
+def through_int8(x_BHLD: torch.Tensor, block: int) -> torch.Tensor:
+    """x as int8 with a scale per head and `block` tokens, amax / 127, and back to float32."""
+    tiles = split_blocks(x_BHLD, block)
+    scale = tiles.abs().amax((-1, -2), keepdim=True).clamp_min(SMALLEST_AMAX) / INT8_MAX
+    return ((tiles / scale).round() * scale).flatten(2, 3)[:, :, : x_BHLD.shape[2]]
+
+
+def v_through_fp8(v_BHLD: torch.Tensor) -> torch.Tensor:
+    """v as e4m3 with one scale per head and channel, amax / 448, and back to float32."""
+    scale = v_BHLD.abs().amax(2, keepdim=True).clamp_min(SMALLEST_AMAX) / FP8_MAX
+    return (v_BHLD / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def p_through_fp8(p: torch.Tensor) -> torch.Tensor:
+    """P in [0, 1] as e4m3 of 448·P, and back to float32."""
+    return (p * FP8_MAX).to(torch.float8_e4m3fn).float() / FP8_MAX

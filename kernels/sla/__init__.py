@@ -1,0 +1,123 @@
+"""Sparse-linear attention in 16 bits: softmax over chosen blocks plus a linear branch over all.
+
+o = sparse(q, k, v) + proj(linear(q, k, v))
+
+Each query block attends exactly to its `int(topk · ceil(L / block_k))` best key blocks, chosen by
+the product of block means. The linear branch is φ(q)(φ(k)ᵀv) / (1e-5 + φ(q)·Σφ(k)) over all keys.
+Source: SLA, arXiv 2509.24006, in the form of the released TurboWan weights.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .._triton.support import unsupported_device
+from ..capability import Capability
+from ..operator import Operator, Provider
+from ..sparse_rules import (
+    SparseAttentionCall,
+    check_heads,
+    check_projection,
+    check_sparsity,
+    empty_heads,
+)
+
+
+def check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    proj_weight: torch.Tensor | None,
+    proj_bias: torch.Tensor | None,
+    topk: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+) -> None:
+    check_heads("sla", q, k, v)
+    check_projection("sla", proj_weight, proj_bias, q.shape[-1])
+    check_sparsity("sla", topk, block_q, block_k, feature_map)
+
+
+def describe(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    proj_weight: torch.Tensor | None,
+    proj_bias: torch.Tensor | None,
+    topk: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+) -> SparseAttentionCall:
+    projected = proj_weight is not None
+    return SparseAttentionCall(q.shape[-1], q.dtype, block_q, block_k, feature_map, projected)
+
+
+def fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    proj_weight: torch.Tensor | None,
+    proj_bias: torch.Tensor | None,
+    topk: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+) -> torch.Tensor:
+    return empty_heads(q)
+
+
+def triton_supports(capability: Capability, call: SparseAttentionCall) -> str | None:
+    if call.head_dim != 128:
+        return f"its tiles are 128 channels wide, got a head dimension of {call.head_dim}"
+    if call.dtype is torch.float32:
+        return "its products take 16-bit operands"
+    return unsupported_device(capability)
+
+
+SLA = Operator(
+    name="sla",
+    schema=(
+        "(Tensor q, Tensor k, Tensor v, Tensor? proj_weight, Tensor? proj_bias, float topk, "
+        "int block_q, int block_k, str feature_map) -> Tensor"
+    ),
+    package=__name__,
+    fake=fake,
+    check=check,
+    describe=describe,
+    providers=[Provider("triton", f"{__name__}.triton", triton_supports, requires="triton")],
+)
+
+
+def sla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    proj_weight: torch.Tensor | None = None,
+    proj_bias: torch.Tensor | None = None,
+    topk: float = 0.1,
+    block_q: int = 128,
+    block_k: int = 64,
+    feature_map: str = "softmax",
+) -> torch.Tensor:
+    """Sparse-linear attention of q, k and v after normalization and rotation.
+
+    Args:
+        q, k, v: (B, H, L, D) in bfloat16, float16 or float32; any strides.
+        proj_weight: (D, D), the projection of the linear branch, shared by heads; None leaves
+            the linear branch out.
+        proj_bias: (D,), or None.
+        topk: share of the key blocks that each query block keeps, 0 < topk ≤ 1.
+        block_q, block_k: tokens per query and per key block, 64 or 128.
+        feature_map: φ: `"softmax"` over channels, `"elu"` (elu + 1) or `"relu"`.
+
+    Returns:
+        (B, H, L, D) of q's dtype, a view of memory in (B, L, H, D).
+
+    Raises:
+        OperatorInputError: for another dtype, or arguments that do not fit.
+    """
+    return torch.ops.turbo_opt.sla.default(
+        q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map
+    )

@@ -1,0 +1,245 @@
+"""Fuse what follows a linear layer: activation, gate and residual, with the quantization after it.
+
+    quantize(gelu_tanh(x))                        →  gelu_quantize(x)
+    cast(cast(x, f32) + cast(y, f32) · gate)      →  gated_residual(x, y, gate)
+    x + y, where a norm reads the sum             →  gated_residual(x, y)
+    s = gated_residual(…); norm_quantize(s, …)    →  s, q, scale = residual_norm_quantize(…)
+
+The same formulas with a wider intermediate: gelu is no longer rounded to 16 bits before its 8-bit
+rounding, in which one bit of that decides now and then, so its two forms are compared on x cast to
+float32. The norms read the residual stream as it is stored, and all else that reads it still does.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.fx import Node
+
+from turbo_opt.compiler.base import Numerics, Pass, PassOptions, PassResult, register_pass
+from turbo_opt.compiler.context import PassContext
+from turbo_opt.compiler.rewrite import (
+    Editor,
+    Found,
+    Miss,
+    dtype_of,
+    is_call,
+    merge_results,
+    named_args,
+    only_user,
+    rewrite_each,
+    tensor_of,
+)
+from turbo_opt.ir.edit import dependents
+from turbo_opt.ir.facts import Fact
+from turbo_opt.ir.program import Denoiser, Program
+from turbo_opt.kernels import SCHEMES, dequantize_activation
+
+aten = torch.ops.aten
+ops = torch.ops.turbo_opt
+_AFTER_RESIDUAL: dict[Any, Any] = {
+    ops.adaln_quantize.default: ops.residual_adaln_quantize.default,
+    ops.layer_norm_quantize.default: ops.residual_layer_norm_quantize.default,
+}
+_NORMS = frozenset({ops.adaln.default, ops.layer_norm.default, *_AFTER_RESIDUAL})
+
+
+@register_pass
+class FuseEpilogues(Pass):
+    name = "fuse-epilogues"
+    requires = frozenset({Fact.NORMS_FUSED})
+    numerics = Numerics.REORDERS
+
+    class Options(PassOptions):
+        gelu: bool = Field(True, description="let gelu write the quantized activation")
+        residual: bool = Field(True, description="add a branch to the stream, gated, in one step")
+        residual_norm: bool = Field(
+            True, description="quantize the norm of the stream as the branch is added"
+        )
+
+    def run(self, program: Program, options: PassOptions, context: PassContext) -> PassResult:
+        assert isinstance(options, self.Options)
+        results = []
+        if options.gelu:
+            results.append(
+                rewrite_each(program, context, match_gelu, emit_gelu, observe, in_float32)
+            )
+        if options.residual:
+            results.append(rewrite_each(program, context, match_residual, emit_residual))
+        if options.residual_norm:
+            results.append(
+                rewrite_each(program, context, match_norm, emit_norm, observe, stream_and_norm)
+            )
+        return merge_results(program, results)
+
+
+def match_gelu(node: Node, denoiser: Denoiser) -> Found | Miss | None:
+    """A quantization whose input is a gelu for that alone."""
+    if not is_call(node, ops.quantize_activation.default):
+        return None
+    gelu, scheme = named_args(node).values()
+    if not is_call(gelu, aten.gelu.default):
+        return None
+    x, approximate = named_args(gelu).values()
+    if approximate != "tanh":
+        return Miss("the gelu is not the tanh form")
+    if only_user(gelu) is not node:
+        return Miss("the gelu's 16-bit result is read by a layer that is not quantized")
+    return Found(node, node, (x,), {"scheme": scheme})
+
+
+def emit_gelu(found: Found, editor: Editor) -> Node:
+    return editor.call(ops.gelu_quantize.default, found.inputs[0], found.parts["scheme"])
+
+
+def in_float32(found: Found, new: Node, editor: Editor) -> Sequence[tuple[Node, Node]]:
+    """Both forms on x cast to float32."""
+    scheme = found.parts["scheme"]
+    x, its_x = (
+        editor.call(aten.to.dtype, source, torch.float32)
+        for source in (found.inputs[0], new.args[0])
+    )
+    gelu = editor.call(aten.gelu.default, x, approximate="tanh")
+    before = editor.call(ops.quantize_activation.default, gelu, scheme)
+    return [(before, editor.call(new.target, its_x, *new.args[1:]))]  # type: ignore[arg-type]
+
+
+def match_residual(node: Node, denoiser: Denoiser) -> Found | Miss | None:
+    """A sum of two (B, L, C) tensors: one is a product with a gate, or a norm reads the sum."""
+    if not is_call(node, aten.add.Tensor):
+        return None
+    left, right, alpha = named_args(node).values()
+    if alpha != 1 or not _is_like(left, node) or not _is_like(right, node):
+        return None
+    output = _cast_back(node)
+    terms = _gated(left, right) or _gated(right, left)
+    if terms is None:
+        if not any(user.target in _NORMS for user in output.users):
+            return None
+        terms = (_before_widening(left), _before_widening(right), None)
+    x, y, gate = terms
+    if dtype_of(x) != dtype_of(output):
+        return Miss(f"the sum is read in {dtype_of(output)} while x is {dtype_of(x)}")
+    if dtype_of(y) != dtype_of(x):
+        return Miss(f"the branch is {dtype_of(y)} while x is {dtype_of(x)}")
+    inputs = (x, y) if gate is None else (x, y, gate)
+    return Found(node, output, inputs, {"gate": gate})
+
+
+def emit_residual(found: Found, editor: Editor) -> Node:
+    x, y = found.inputs[:2]
+    return editor.call(ops.gated_residual.default, x, y, found.parts["gate"])
+
+
+def match_norm(node: Node, denoiser: Denoiser) -> Found | Miss | None:
+    """A quantized norm of the residual stream, right after a branch was added to it."""
+    if node.op != "call_function" or node.target not in _AFTER_RESIDUAL:
+        return None
+    stream: Any = node.args[0]
+    if not is_call(stream, ops.gated_residual.default):
+        return Miss("what the norm reads is not a sum that this pass has fused")
+    between = dependents(stream, until=node)
+    if any(operand in between for operand in node.all_input_nodes):
+        return Miss("scale and shift of the norm depend on the stream")
+    operands = (*stream.all_input_nodes, *node.all_input_nodes)
+    inputs = tuple(n for n in operands if n.op != "placeholder" and n is not stream)
+    return Found(node, node, inputs, {"stream": stream, "between": between})
+
+
+def emit_norm(found: Found, editor: Editor) -> Mapping[Node, Node]:
+    """The fused operator at the norm; what reads the stream before that moves behind it."""
+    norm, stream = found.output, found.parts["stream"]
+    fused = editor.call(_AFTER_RESIDUAL[norm.target], *stream.args, *norm.args[1:])
+    parts = [editor.call(operator.getitem, fused, index) for index in range(3)]
+    position = parts[-1]
+    for node in found.parts["between"]:
+        position.append(node)
+        position = node
+    items = {node: parts[1 + _index(node)] for node in norm.users}
+    return {stream: parts[0], **items}
+
+
+def stream_and_norm(
+    found: Found, new: Mapping[Node, Node], editor: Editor
+) -> Sequence[tuple[Node, Node]]:
+    """The stream, and values times scales of its norm."""
+    stream = found.parts["stream"]
+    (fused,) = new[stream].all_input_nodes
+    return [(stream, new[stream]), (found.output, fused)]
+
+
+def observe(value: Any) -> Tensor:
+    """A tensor as it is; of (…, values, scales) what the next layer sees."""
+    if isinstance(value, Tensor):
+        return value
+    values, scales = value[-2:]
+    (scheme,) = (name for name, scheme in SCHEMES.items() if scheme.dtype == values.dtype)
+    return dequantize_activation(values, scales, scheme)
+
+
+def _gated(x: Node, branch: Node) -> tuple[Node, Node, Node | None] | None:
+    """(x, y, gate) where `branch` is y · gate, for this sum alone."""
+    if not is_call(branch, aten.mul.Tensor) or only_user(branch) is None:
+        return None
+    x = _before_widening(x)
+    left, right = named_args(branch).values()
+    for y, gate in ((left, right), (right, left)):
+        if isinstance(gate, Node) and _is_like(y, branch) and _modulates(gate, branch):
+            y = _before_widening(y)
+            if dtype_of(y) == dtype_of(x) and dtype_of(gate) in (torch.float32, dtype_of(x)):
+                return x, y, gate
+    return None
+
+
+def _index(item: Node) -> int:
+    index = item.args[1]
+    assert isinstance(index, int)
+    return index
+
+
+def _modulates(gate: Node, branch: Node) -> bool:
+    """Whether `gate` is (B or 1, L or 1, C) for `branch` (B, L, C)."""
+    sides, full = _sizes(gate), _sizes(branch)
+    return (
+        len(sides) == 3
+        and sides[2] == full[2]
+        and all(side in (1, whole) for side, whole in zip(sides, full, strict=True))
+    )
+
+
+def _cast_back(total: Node) -> Node:
+    """The cast of a float32 sum to 16 bits, where that is its only use; else the sum."""
+    cast = only_user(total)
+    if dtype_of(total) == torch.float32 and cast is not None and is_call(cast, aten.to.dtype):
+        return cast
+    return total
+
+
+def _before_widening(node: Node) -> Node:
+    """x where `node` is x cast from 16 bits to float32."""
+    if is_call(node, aten.to.dtype) and dtype_of(node) == torch.float32:
+        narrow = node.args[0]
+        if isinstance(narrow, Node) and dtype_of(narrow).itemsize == 2:
+            return narrow
+    return node
+
+
+def _is_like(operand: Any, node: Node) -> bool:
+    """Whether `operand` is a computed (B, L, C) tensor of the size of `node`."""
+    if not isinstance(operand, Node) or not isinstance(operand.meta.get("val"), Tensor):
+        return False
+    if not isinstance(node.meta.get("val"), Tensor):
+        return False
+    return len(_sizes(operand)) == 3 and _sizes(operand) == _sizes(node)
+
+
+def _sizes(node: Node) -> tuple[Any, ...]:
+    """Sides as numbers: symbolic ones by the example that the graph was captured with."""
+    return tuple(
+        side.node.hint if isinstance(side, torch.SymInt) else side for side in tensor_of(node).shape
+    )

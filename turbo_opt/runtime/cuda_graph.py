@@ -1,0 +1,199 @@
+"""One step of a denoiser as a CUDA graph: recorded once for a shape, then replayed by one launch.
+
+A replay reads and writes the addresses of its recording, so the inputs are copied into buffers of
+its own first. What a replay repeats are the kernels that were chosen when it was recorded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Step = Callable[..., Tensor]
+"""Takes tensors and sizes by name, gives the velocity."""
+
+CUDA_GRAPH_VARIABLE = "TURBO_OPT_CUDA_GRAPH"
+"""`0` turns CUDA graphs off for all models."""
+_MOST_SHAPES = 2
+_log = logging.getLogger(__name__)
+
+
+class Values:
+    """Named tensors and sizes that belong together, such as what one stage gave.
+
+    Attributes:
+        signature: names, shapes and dtypes of the tensors, and the sizes themselves: what a
+            recording holds fixed.
+    """
+
+    def __init__(self, by_name: Mapping[str, Any]) -> None:
+        self.by_name = by_name
+        self.tensors = {name: v for name, v in by_name.items() if isinstance(v, Tensor)}
+        self.signature = tuple(
+            (name, value.shape, value.dtype) if isinstance(value, Tensor) else (name, value)
+            for name, value in by_name.items()
+        )
+
+
+def merged(sources: Sequence[Values]) -> dict[str, Any]:
+    """All values by name."""
+    return {name: value for source in sources for name, value in source.by_name.items()}
+
+
+class Backend(Protocol):
+    """How a device records work. `CudaBackend` is the real one."""
+
+    def warm_up(self, run: Callable[[], Tensor]) -> Tensor:
+        """Run once as it will be recorded; kernels are compiled, chosen and tuned here."""
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """(replay, the tensor that holds the result after a replay); nothing is computed yet."""
+
+
+class CudaBackend:
+    """CUDA graphs of one device; all of one backend share their memory, so one runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, run: Callable[[], Tensor]) -> Tensor:
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                result = run()
+            current.wait_stream(self._stream)
+        return result
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate meanwhile: only calls of this one could spoil the recording.
+        recording = torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
+        with torch.cuda.device(self._device), recording:
+            result = run()
+        return graph.replay, result
+
+
+def why_not(device: torch.device, wanted: bool) -> str | None:
+    """Why steps are not recorded on `device`, in a clause; None if they are.
+
+    Args:
+        wanted: what the caller said.
+    """
+    if not wanted:
+        return "off, cuda_graph=False"
+    if os.environ.get(CUDA_GRAPH_VARIABLE) == "0":
+        return f"off, {CUDA_GRAPH_VARIABLE}=0"
+    return None if device.type == "cuda" else f"off, the model is on {device.type}"
+
+
+class StepGraphs:
+    """Runs a step: plainly on the first call for a shape, recorded on the second, then replayed.
+
+    The two shapes used last are kept. Where recording fails, every call runs plainly, and
+    `status` says why. One call at a time.
+    """
+
+    def __init__(self, step: Step, backend: Backend) -> None:
+        self._step = step
+        self._backend = backend
+        self._recordings: OrderedDict[tuple[Any, ...], _Recording | None] = OrderedDict()
+        self._failure: str | None = None
+
+    @property
+    def status(self) -> str:
+        """What it does now, in one line for people to read."""
+        if self._failure is not None:
+            return f"failed, each step is launched anew: {self._failure}"
+        recorded = sum(item is not None for item in self._recordings.values())
+        return f"on, {recorded} shape{'' if recorded == 1 else 's'} recorded"
+
+    def __call__(self, sources: Sequence[Values]) -> Tensor:
+        """The step's result for the values of all `sources`; the caller's to keep.
+
+        Raises:
+            Exception: what the step itself raises.
+        """
+
+        def run() -> Tensor:
+            return self._step(**merged(sources))
+
+        if self._failure is not None:
+            return run()
+        key = tuple(source.signature for source in sources)
+        if key not in self._recordings:
+            result = self._backend.warm_up(run)
+            self._keep(key, None)
+            return result
+        recording = self._recordings[key] or self._record(sources)
+        if recording is None:
+            return run()
+        self._keep(key, recording)
+        return recording.replay(sources)
+
+    def _record(self, sources: Sequence[Values]) -> _Recording | None:
+        try:
+            return _Recording(self._step, sources, self._backend)
+        except Exception as error:
+            self._failure = _first_cause(error)
+            self._recordings.clear()
+            _log.warning("CUDA graph not recorded, each step is launched anew: %s", self._failure)
+            return None
+
+    def _keep(self, key: tuple[Any, ...], recording: _Recording | None) -> None:
+        self._recordings[key] = recording
+        self._recordings.move_to_end(key)
+        while len(self._recordings) > _MOST_SHAPES:
+            self._recordings.popitem(last=False)
+
+
+class _Recording:
+    """A recorded step, and the buffers that it reads."""
+
+    def __init__(self, step: Step, sources: Sequence[Values], backend: Backend) -> None:
+        self._buffers = [_Buffers(source) for source in sources]
+        arguments = merged(sources)
+        for buffers in self._buffers:
+            arguments |= buffers.tensors
+        self._replay, self._result = backend.record(lambda: step(**arguments))
+
+    def replay(self, sources: Sequence[Values]) -> Tensor:
+        for buffers, source in zip(self._buffers, sources, strict=True):
+            buffers.fill(source)
+        self._replay()
+        return self._result.clone()
+
+
+class _Buffers:
+    """Tensors at fixed addresses that hold the values of one source."""
+
+    def __init__(self, source: Values) -> None:
+        with torch.inference_mode(False):  # or they could not be filled outside of it
+            self.tensors = {name: torch.empty_like(v) for name, v in source.tensors.items()}
+        self._holds: Callable[[], Values | None] = lambda: None
+        self.fill(source)
+
+    def fill(self, source: Values) -> None:
+        """Copy the values in, unless they are here already."""
+        if self._holds() is source or not self.tensors:
+            return
+        torch._foreach_copy_(list(self.tensors.values()), list(source.tensors.values()))
+        self._holds = weakref.ref(source)
+
+
+def _first_cause(error: BaseException) -> str:
+    """The error that the others followed from, in one line."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
