@@ -24,7 +24,13 @@ _CONFIGURATIONS = {
     "fuse-norms": "`canonicalize`, `fuse-norms`",
     "fp8-block": "… `quantize-linear{scheme=fp8-block}`, `fuse-norm-quantize`",
     "int8-block": "… `quantize-linear{scheme=int8-block}`, `fuse-norm-quantize`",
+    "fused-fp8": "fp8, all fusions, invariants hoisted, one CUDA graph; dense attention",
+    "sla-bf16": "`sparse-attention{mode=sla topk=0.1}`, 16 bits, nothing else fused",
+    "sagesla-fp8": "**SageSLA topk 0.1, fp8 linear layers, all passes**",
+    "sagesla-int8": "SageSLA topk 0.1, int8 linear layers, all passes",
 }
+_BASELINES = ("eager", "compiled")
+_REFERENCES = ("eager_bf16", "sla_bf16")
 
 
 def passes() -> str:
@@ -58,14 +64,35 @@ def forward() -> str:
 
 
 def _forward_row(key: str, record: Record, eager: float) -> str:
-    sqnr = record.quality.get("sqnr_db_vs_eager_bf16")
+    dense, sparse = (record.quality.get(f"sqnr_db_vs_{name}") for name in _REFERENCES)
+    sqnr = sparse if dense is None else dense
     quality = "" if sqnr is None else "bitwise" if sqnr >= 200 else f"{sqnr:.1f} dB"
+    if sparse is not None:
+        quality = "reference of the sparse rows" if sparse >= 200 else f"{quality} of sparse bf16"
     weights = record.config["weight_gib"]
     return (
         f"| {_CONFIGURATIONS[key]} | {record.value:.0f} ± {record.spread:.0f} | "
         f"{eager / record.value:.2f}× | {quality} | "
         f"{f'{weights:.1f} GiB' if weights else ''} | {record.config['peak_gib']:.1f} GiB |"
     )
+
+
+def clips() -> str:
+    """The denoising of one clip: 100 evaluations of the original against four steps."""
+    lines = [
+        "| model | diffusers, 50 guided steps | compiled | this, 4 steps | times faster | peak |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for record in read(RESULTS / "forward.json"):
+        _, model, key, metric = record.name.split("/")
+        if metric == "four_steps_ms" and key.startswith("sagesla"):
+            eager, compiled = (record.baseline[f"diffusers-{kind}"] for kind in _BASELINES)
+            lines.append(
+                f"| {_MODELS[model]}, {key} | {eager / 1e3:.1f} s | {compiled / 1e3:.1f} s | "
+                f"{record.value / 1e3:.2f} s | {eager / record.value:.0f}× | "
+                f"{record.config['peak_gib']:.1f} GiB |"
+            )
+    return "\n".join(lines)
 
 
 def linear() -> str:
@@ -100,6 +127,7 @@ def compilation() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "passes": passes,
     "forward": forward,
+    "clips": clips,
     "linear": linear,
     "compilation": compilation,
 }

@@ -18,6 +18,7 @@ started = time.perf_counter()
 import turbo_opt
 print(time.perf_counter() - started, torch.cuda.is_initialized())
 """
+CUDA_SOURCES = sorted((ROOT / "kernels" / "_cuda").glob("*.cu*"))
 
 
 def test_import_is_light_and_touches_no_gpu():
@@ -56,10 +57,12 @@ def test_the_wheel_holds_real_nested_files_and_nothing_at_the_top(tmp_path):
         sizes = {info.filename: info.file_size for info in archive.infolist()}
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"turbo_opt"}
+    assert CUDA_SOURCES
     for name in (
         "turbo_opt/passes/canonicalize.py",
         "turbo_opt/passes/_canonical/rotary.py",
         "turbo_opt/kernels/block_linear/triton.py",
+        *(f"turbo_opt/kernels/_cuda/{source.name}" for source in CUDA_SOURCES),
         "turbo_opt/recipes/tiny-wan/cpu.yaml",
         "turbo_opt/calibration/tiny_wan/clips.py",
         "turbo_opt/artifact/templates/report.html",

@@ -26,6 +26,7 @@ def norm_rope_sagesla(
     pv: str,
     cuda: bool = False,
 ) -> torch.Tensor:
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     head_dim = 2 * cos.shape[-1]
     projection = None if proj_weight is None else Projection(proj_weight, proj_bias, feature_map)
