@@ -38,19 +38,21 @@ class Provider:
 
     `supports(capability, description)` returns None, or why not, in a sentence fragment.
     `module` holds a function named as the operator is; it is imported when first chosen.
-    `requires` names the package that this machine must have for it, if any.
+    `requires` names the package that this machine must have for it, if any; `unavailable` says
+    what else this machine lacks, or None.
     """
 
     name: str
     module: str
     supports: Callable[[Capability, Any], str | None]
     requires: str | None = None
+    unavailable: Callable[[], str | None] = lambda: None
 
     def missing(self) -> str | None:
         """Why it cannot run in this environment, or None."""
         if self.requires and importlib.util.find_spec(self.requires) is None:
             return f"the package {self.requires!r} is not installed"
-        return None
+        return self.unavailable()
 
 
 def _anything(capability: Capability, description: Any) -> str | None:

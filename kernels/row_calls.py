@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ._cuda import rows as cuda_rows
+from ._cuda.compiler import unavailable
 from ._triton.support import unsupported_device, unsupported_row, unsupported_scheme
 from .capability import Capability
 from .operator import Provider
@@ -49,7 +50,7 @@ def cuda_quantizes(capability: Capability, call: RowCall) -> str | None:
 def row_providers(package: str) -> list[Provider]:
     """Providers of an operator that normalizes rows or adds to them."""
     return [
-        Provider("cuda", f"{package}.cuda", cuda_supports),
+        Provider("cuda", f"{package}.cuda", cuda_supports, unavailable=unavailable),
         Provider("triton", f"{package}.triton", triton_supports, requires="triton"),
     ]
 
@@ -57,6 +58,6 @@ def row_providers(package: str) -> list[Provider]:
 def quantize_providers(package: str) -> list[Provider]:
     """Providers of an operator that quantizes without a norm."""
     return [
-        Provider("cuda", f"{package}.cuda", cuda_quantizes),
+        Provider("cuda", f"{package}.cuda", cuda_quantizes, unavailable=unavailable),
         Provider("triton", f"{package}.triton", triton_quantizes, requires="triton"),
     ]

@@ -70,6 +70,16 @@ class Kernel:
 
 
 @functools.cache
+def unavailable() -> str | None:
+    """Why this machine cannot compile CUDA C++, in a clause; None if it can."""
+    try:
+        _version()
+    except (KernelError, OSError) as error:
+        return str(error)
+    return None
+
+
+@functools.cache
 def load_kernel(
     source: str,
     name: str,
@@ -153,8 +163,9 @@ def _text_of(program: ctypes.c_void_p, size_of: Any, copy: Any) -> bytes:
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
     """PyTorch's own NVRTC, or the system's."""
-    major = (torch.version.cuda or "").split(".")[0]
-    name = f"libnvrtc.so.{major}"
+    if torch.version.cuda is None:
+        raise KernelError("PyTorch is built without CUDA")
+    name = f"libnvrtc.so.{torch.version.cuda.split('.')[0]}"
     packages = Path(torch.__file__).parent.parent / "nvidia"
     found = sorted(packages.glob(f"*/lib/{name}")) if packages.is_dir() else []
     for candidate in (name, *(str(path) for path in found)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from .._cuda.compiler import unavailable
 from ..capability import Capability
 from ..checks import check_activation, check_channels, check_rotation
 from ..operator import Operator, Provider
@@ -100,7 +101,9 @@ NORM_ROPE_SAGESLA = Operator(
     check=check,
     describe=describe,
     providers=[
-        Provider("cuda", f"{__name__}.cuda", cuda_supports, requires="triton"),
+        Provider(
+            "cuda", f"{__name__}.cuda", cuda_supports, requires="triton", unavailable=unavailable
+        ),
         Provider("triton", f"{__name__}.triton", triton_supports, requires="triton"),
     ],
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from .._cuda.compiler import unavailable
 from .._cuda.sparse_attention import unsupported as unsupported_on_cuda
 from .._triton.support import unsupported_device
 from ..capability import Capability
@@ -102,7 +103,9 @@ SAGESLA = Operator(
     check=check,
     describe=describe,
     providers=[
-        Provider("cuda", f"{__name__}.cuda", cuda_supports, requires="triton"),
+        Provider(
+            "cuda", f"{__name__}.cuda", cuda_supports, requires="triton", unavailable=unavailable
+        ),
         Provider("triton", f"{__name__}.triton", triton_supports, requires="triton"),
     ],
 )
