@@ -115,9 +115,9 @@ def to_int8(x, reciprocal):
 
 
 @triton.jit
-def swizzled_chunk(row, chunk):
-    """Where a row of 128 bytes keeps its 16-byte chunk, in the 128-byte swizzle of sm90."""
-    return chunk ^ (row % 8)
+def swizzled_chunk(row, chunk, ROW_BYTES: tl.constexpr):
+    """Where a row of 128 or 64 bytes keeps its 16-byte chunk, in sm90's swizzle of that width."""
+    return chunk ^ (row // (128 // ROW_BYTES) % (ROW_BYTES // 16))
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def halves_offsets(row, first_channel, PAIRS: tl.constexpr, SWIZZLED: tl.constex
     pair = tl.arange(0, PAIRS)[None, :]
     if SWIZZLED:
         column = first_channel + pair
-        column = swizzled_chunk(row, column // 16) * 16 + column % 16
+        column = swizzled_chunk(row, column // 16, 2 * PAIRS) * 16 + column % 16
         column = tl.max_contiguous(tl.multiple_of(column, (1, 16)), (1, 16))
     else:
         column = first_channel + pair

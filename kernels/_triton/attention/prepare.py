@@ -282,7 +282,7 @@ def prepare_keys(
             target = v_fp8 + place * (BLOCK * HEAD_DIM) + channel[:, None] * BLOCK
             if SWIZZLED:
                 chunk = within // 16 + tl.arange(0, TOKENS)[None, :] // 16
-                at = swizzled_chunk(channel[:, None], chunk) * 16 + row[None, :] % 16
+                at = swizzled_chunk(channel[:, None], chunk, BLOCK) * 16 + row[None, :] % 16
                 at = tl.max_contiguous(tl.multiple_of(at, (1, 16)), (1, 16))
                 tl.store(target + at, reorder_tokens(quantized, TOKENS, HEAD_DIM))
             else:
