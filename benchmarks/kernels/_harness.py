@@ -1,8 +1,11 @@
 """Measure kernels: ceilings, timing, correctness, and the records they make.
 
 Times are medians between device events. Launches rotate among input sets that together exceed the
-cache, so that every launch reads device memory. Without a GPU, `dry` runs the same code on tiny
-shapes by the wall clock: it proves that the scripts run, and its numbers mean nothing.
+cache, so that every launch reads device memory. Python launches a kernel in about 100 µs, longer
+than a small one runs: so several launches are recorded in one CUDA graph, and a replay's time is
+divided by their number. Calls that cannot be recorded are timed one by one. Without a GPU, `dry`
+runs the same code on tiny shapes by the wall clock: it proves that the scripts run, and its numbers
+mean nothing.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.results import Ceiling, Record, current_commit, today
-from turbo_opt.kernels import Choice, force_provider, operator
+from turbo_opt.kernels import Choice, KernelError, force_provider, operator
 
 ROWS = [
     (32760, 1536),
@@ -34,8 +39,13 @@ LINEARS = [  # (tokens, in_features, out_features)
     (75600, 5120, 13824),
     (75600, 13824, 5120),
 ]
+ATTENTION = [(12, 32760), (40, 75600)]  # (heads, tokens) of the same models
 SETS_BYTES = 256 * 2**20  # rotate over at least this much: several times the largest L2
 WARMUP = 5
+GRAPH_MS, MOST_LAUNCHES = 5.0, 256  # how long a graph should take, and what it holds at most
+LONGEST_MS, FEWEST_RUNS = 4000.0, 5  # of all runs together, unless that makes them too few
+
+DENSE_ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 InputSet = tuple[Any, ...]
 
@@ -73,6 +83,10 @@ class Session:
     @property
     def linears(self) -> list[tuple[int, int, int]]:
         return [(132, 256, 128)] if self.dry else LINEARS
+
+    @property
+    def attention(self) -> list[tuple[int, int]]:
+        return [(2, 200)] if self.dry else ATTENTION
 
     @cached_property
     def environment(self) -> dict[str, Any]:
@@ -142,24 +156,37 @@ class Session:
 
     def time(self, call: Callable[..., object], sets: Sequence[InputSet]) -> Timing:
         """Time `call(*inputs)`, rotating over the input sets."""
-        for index in range(WARMUP):
+        for index in range(1 if self.dry else WARMUP):
             call(*sets[index % len(sets)])
-        measure = self._by_wall_clock if self.dry else self._by_events
-        times = measure(call, sets)
+        if self.dry:
+            times = self._by_wall_clock(call, sets)
+        else:
+            times = self._by_graph(call, sets) or self._by_events(call, sets)
         low, _, high = quantiles(times, n=4)
         return Timing(median(times), (high - low) / 2, len(times))
 
+    def _by_graph(self, call: Callable[..., object], sets: Sequence[InputSet]) -> list[float]:
+        """Milliseconds of a launch, a mean over each replay; nothing if it cannot be recorded."""
+        once = min(_between_events([lambda inputs=inputs: call(*inputs) for inputs in sets]))  # type: ignore[misc]
+        rounds = max(1, min(round(GRAPH_MS / (once * len(sets))), MOST_LAUNCHES // len(sets)))
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for _ in range(rounds):
+                    for inputs in sets:
+                        call(*inputs)
+        except (RuntimeError, KernelError):
+            torch.cuda.synchronize()
+            return []
+        launches = rounds * len(sets)
+        graph.replay()
+        runs = min(self.runs, max(FEWEST_RUNS, int(LONGEST_MS / (once * launches))))
+        return [each / launches for each in _between_events([graph.replay] * runs)]
+
     def _by_events(self, call: Callable[..., object], sets: Sequence[InputSet]) -> list[float]:
-        events = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            for _ in range(self.runs)
-        ]
-        for index, (start, end) in enumerate(events):
-            start.record()
-            call(*sets[index % len(sets)])
-            end.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in events]
+        return _between_events(
+            [lambda index=index: call(*sets[index % len(sets)]) for index in range(self.runs)]  # type: ignore[misc]
+        )
 
     def _by_wall_clock(self, call: Callable[..., object], sets: Sequence[InputSet]) -> list[float]:
         times = []
@@ -230,6 +257,39 @@ class Session:
             **facts,
         )
 
+    def record_operations(
+        self,
+        name: str,
+        timing: Timing,
+        operations: int,
+        ceiling: Ceiling,
+        baseline: dict[str, float],
+        **facts: Any,
+    ) -> None:
+        """An 8-bit product: operations per second, in TOPS, as a share of the library's."""
+        rate = operations / timing.ms / 1e9
+        spread = rate * timing.spread_ms / timing.ms
+        share = rate / ceiling.value
+        self._add(
+            f"{name}_tops", rate, "TOPS", spread, timing.runs, ceiling, share, baseline, **facts
+        )
+
+    def record_time(
+        self,
+        name: str,
+        timing: Timing,
+        baseline: dict[str, Timing],
+        ceiling: Ceiling | None = None,
+        **facts: Any,
+    ) -> None:
+        """A whole operator: milliseconds, beside the least that it could take, if that is known."""
+        share = ceiling.value / timing.ms if ceiling else None
+        times = {other: each.ms for other, each in baseline.items()}
+        self._add(
+            f"{name}_ms", timing.ms, "ms", timing.spread_ms, timing.runs, ceiling, share, times,
+            **facts,
+        )  # fmt: skip
+
     def _add(
         self,
         name: str,
@@ -237,8 +297,8 @@ class Session:
         unit: str,
         spread: float,
         runs: int,
-        ceiling: Ceiling,
-        share: float,
+        ceiling: Ceiling | None,
+        share: float | None,
         baseline: dict[str, float],
         quality: dict[str, float],
         config: dict[str, Any],
@@ -262,11 +322,30 @@ class Session:
         )
 
 
+def _between_events(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Milliseconds of each call on the device; the host does not wait between them."""
+    events = []
+    for call in calls:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
 @contextmanager
 def provider(name: str, chosen: str) -> Iterator[Callable[..., Any]]:
     """The operator of that name, served by the chosen provider."""
     with force_provider({name: chosen}):
         yield getattr(torch.ops.turbo_opt, name).default
+
+
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """PyTorch's attention over all keys: cuDNN's, else flash, else (on a CPU) plain products."""
+    with sdpa_kernel(DENSE_ATTENTION, set_priority=True):
+        return scaled_dot_product_attention(q, k, v)
 
 
 def sqnr_db(expected: torch.Tensor, actual: torch.Tensor) -> float:

@@ -60,11 +60,13 @@ def _quality(name: str, each: str, args: InputSet, scheme: str | None) -> float:
         actual = call(*args)
     if scheme is None:
         return sqnr_db(expected, actual)
-    (q, scale), (expected_q, expected_scale) = actual, expected
-    return sqnr_db(
+    (*streams, q, scale), (*expected_streams, expected_q, expected_scale) = actual, expected
+    qualities = [sqnr_db(*pair) for pair in zip(expected_streams, streams, strict=True)]
+    quantized = sqnr_db(
         dequantize_activation(expected_q, expected_scale, scheme),
         dequantize_activation(q, scale, scheme),
     )
+    return min(*qualities, quantized) if qualities else quantized
 
 
 def _bytes(tensors: Any) -> int:

@@ -22,6 +22,15 @@ BENCHES = [
     "adaln_quantize",
     "layer_norm_quantize",
     "block_linear",
+    "gelu_quantize",
+    "gated_residual",
+    "residual_adaln_quantize",
+    "residual_layer_norm_quantize",
+    "norm_rope",
+    "block_routing",
+    "norm_rope_sagesla",
+    "sagesla",
+    "sla",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from turbo_opt.kernels import force_provider, operator
@@ -36,6 +37,13 @@ def run_by(provider: str, name: str, *args: Any) -> Any:
     for real, fake in zip(_as_tuple(result), _as_tuple(announced), strict=True):
         assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
     return result
+
+
+def skip_unless_served(name: str, provider: str, *args: Any) -> None:
+    """Skip, with the reason, where that provider does not serve the call."""
+    reason = operator(name).choose(args[0].device, *args).passed_over.get(provider, "works")
+    if not reason.startswith("works"):
+        pytest.skip(f"{provider}: {reason}")
 
 
 def _as_tuple(result: Any) -> tuple[torch.Tensor, ...]:

@@ -163,6 +163,7 @@ def prepare(
             branch = new(batch, length, heads, head_dim, dtype=q.dtype)
             finish_state[(all_heads, head_dim // 16)](
                 state, key_sum, projection.weight.contiguous(), matrix, normalizer, parts,
+                length,
                 HEAD_DIM=head_dim, ROWS=16, PRECISION="ieee" if interpreting() else "tf32x3",
                 num_warps=4,
             )  # fmt: skip

@@ -310,14 +310,18 @@ def finish_state(
     state,  # (B·H, parts, D, D) float32
     key_sum,  # (B·H, parts, D) float32
     proj_weight,  # (D, D)
-    matrix,  # (B·H, D, D), 16 bits: Σ state · proj_weightᵀ
-    normalizer,  # (B·H, D) float32: Σφ(k)
+    matrix,  # (B·H, D, D), 16 bits: Σ state · proj_weightᵀ · D / L
+    normalizer,  # (B·H, D) float32: Σφ(k) · D / L
     parts,
+    length,
     HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sum the parts and apply the projection, which commutes with the normalizer's division."""
+    """Sum the parts and apply the projection, which commutes with the normalizer's division.
+
+    Both are scaled by D / L, so that many keys do not overflow float16.
+    """
     head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, HEAD_DIM)
@@ -331,8 +335,9 @@ def finish_state(
     square = channel[:, None] * HEAD_DIM + channel[None, :]
     weight = tl.load(proj_weight + square).to(tl.float32)
     result = tl.dot(products, tl.trans(weight), input_precision=PRECISION)
+    result *= HEAD_DIM / length
     tl.store(matrix + head * HEAD_DIM * HEAD_DIM + tile, result.to(matrix.dtype.element_ty))
-    tl.store(normalizer + head * HEAD_DIM + row, sums)
+    tl.store(normalizer + head * HEAD_DIM + row, sums * (HEAD_DIM / length))
 
 
 @triton.jit
@@ -345,10 +350,10 @@ def prepare_queries(
     q_int8,  # (B·H, NQ, BLOCK, D) int8, even channels first; or None
     q_scale,  # (B·H, NQ, BLOCK) float32
     q_means,  # (B·H, NQ, D) float32, even channels first
-    matrix,  # (B·H, D, D), 16 bits; or None: no linear branch
-    normalizer,  # (B·H, D) float32
+    matrix,  # (B·H, D, D), as finish_state gives it; or None: no linear branch
+    normalizer,  # (B·H, D) float32, as well
     proj_bias,  # (D,), or None
-    branch,  # (B, L, H, D) of q's dtype: φ(q)·matrix / (φ(q)·normalizer + 1e-5) + proj_bias
+    branch,  # (B, L, H, D) of q's dtype: φ(q)·matrix / (φ(q)·normalizer + 1e-5·D/L) + proj_bias
     length,
     heads,
     blocks,  # NQ
@@ -421,7 +426,7 @@ def prepare_queries(
             sums = tl.sum(even * even_normalizer + odd * odd_normalizer, axis=1)
             result = tl.dot(even.to(dtype), even_matrix)
             result = tl.dot(odd.to(dtype), odd_matrix, result)
-            result *= (1.0 / (sums + 1e-5 * factor))[:, None]
+            result *= (1.0 / (sums + 1e-5 * HEAD_DIM / length * factor))[:, None]
             if proj_bias is not None:
                 result += tl.load(proj_bias + channel).to(tl.float32)[None, :]
             target = branch + ((batch * length + first) * heads + head) * HEAD_DIM

@@ -1,0 +1,109 @@
+"""The one way in which sparse attention is checked and timed at the models' shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.kernels._harness import (
+    InputSet,
+    Session,
+    Timing,
+    dense_attention,
+    provider,
+    sqnr_db,
+)
+from benchmarks.results import Ceiling
+from turbo_opt.kernels.sparse_rules import block_count, kept_blocks
+
+TOPK, HEAD_DIM = 0.1, 128
+BLOCK_Q, BLOCK_K = 64, 128
+# A relative error of 0.03: what 8-bit P, rounded online, may differ from the reference. Triton's
+# interpreter truncates to fp8, and multiplies float16 only.
+LEAST_SQNR_DB, LEAST_DRY_SQNR_DB = 30.0, 18.0
+
+
+def heads_of_one_product(session: Session, heads: int, tokens: int) -> tuple[torch.Tensor, ...]:
+    """q, k and v, (1, L, H·128) each, parts of one product."""
+    channels = heads * HEAD_DIM
+    dtype = torch.float16 if session.dry else torch.bfloat16
+    qkv = torch.randn(1, tokens, 3 * channels, device=session.device, dtype=dtype)
+    return qkv.split(channels, dim=-1)
+
+
+def projection(session: Session) -> tuple[torch.Tensor, torch.Tensor]:
+    """proj_l's weight and bias."""
+    weight = torch.randn(HEAD_DIM, HEAD_DIM, device=session.device) / HEAD_DIM**0.5
+    return weight, torch.randn(HEAD_DIM, device=session.device)
+
+
+def operations(heads: int, tokens: int) -> int:
+    """Of q·kᵀ and P·v on the blocks kept, padding included."""
+    queries = block_count(tokens, BLOCK_Q) * BLOCK_Q
+    return 4 * queries * kept_blocks(TOPK, tokens, BLOCK_K) * BLOCK_K * HEAD_DIM * heads
+
+
+def eight_bit_matmul(session: Session) -> Ceiling:
+    """Half of the operations at the int8 library product's rate, half at the fp8 one's."""
+    int8, fp8 = (session.library_matmul[name].value for name in ("int8-block", "fp8-block"))
+    return Ceiling(2 / (1 / int8 + 1 / fp8), "TOPS", "int8 and fp8 library matmul 8192³, half each")
+
+
+def bench_sparse(
+    session: Session,
+    name: str,
+    label: str,
+    make: Callable[[int, int], InputSet],
+    rate: Callable[[], Ceiling],
+    bench_alone: Callable[[str, list[InputSet], dict[str, Timing]], None] | None = None,
+) -> None:
+    """Check each provider of operator `name` against the reference, then time it whole.
+
+    The provider that is chosen by default is recorded as `label/HEADSxTOKENS_ms`, others as
+    `label/PROVIDER/…`. `make(heads, tokens)` returns the arguments, q, k and v first; `rate()` the
+    rate of the products; `bench_alone(shape, sets, baseline)` is called once for each shape.
+    """
+    for heads, tokens in session.attention:
+        sets = session.input_sets(lambda h=heads, t=tokens: make(h, t))  # type: ignore[misc]
+        shape = f"{heads}x{tokens}"
+        dense = {"sdpa_dense_bf16": session.time(dense_attention, [_heads(args) for args in sets])}
+        floor = Ceiling(
+            operations(heads, tokens) / rate().value / 1e9, "ms", f"its products at {rate().what}"
+        )
+        _, names = session.usable(name, sets[0])
+        least = LEAST_DRY_SQNR_DB if session.dry else LEAST_SQNR_DB
+        with provider(name, "reference") as call:
+            expected = call(*sets[0])
+        for each in names:
+            with provider(name, each) as call:
+                sqnr = sqnr_db(expected, call(*sets[0]))
+                session.check(f"{name}/{shape}/{each}", sqnr, least)
+                timing = session.time(call, sets)
+            session.record_time(
+                record_name(label, names, each, shape),
+                timing,
+                dense,
+                floor,
+                quality={"sqnr_db": sqnr},
+                config={"provider": each, "topk": TOPK, "blocks": f"{BLOCK_Q}x{BLOCK_K}"},
+            )
+        del expected
+        if bench_alone is not None:
+            bench_alone(shape, sets, dense)
+        del sets
+        if not session.dry:
+            torch.cuda.empty_cache()
+
+
+def record_name(label: str, names: list[str], each: str, shape: str) -> str:
+    """The first of the names, the default provider, is not named."""
+    return f"{label}/{shape}" if each == names[0] else f"{label}/{each}/{shape}"
+
+
+def _heads(args: tuple[Any, ...]) -> InputSet:
+    """q, k and v as (B, H, L, D)."""
+    return tuple(
+        x if x.ndim == 4 else x.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for x in args[:3]
+    )

@@ -1,0 +1,23 @@
+"""sla at the models' shapes: sparse attention in bfloat16, blocks as for sagesla."""
+
+from __future__ import annotations
+
+from benchmarks.kernels._harness import InputSet, Session
+from benchmarks.kernels._sparse import (
+    BLOCK_K,
+    BLOCK_Q,
+    HEAD_DIM,
+    TOPK,
+    bench_sparse,
+    heads_of_one_product,
+    projection,
+)
+from turbo_opt.kernels.sparse_rules import as_heads
+
+
+def bench(session: Session) -> None:
+    def make(heads: int, tokens: int) -> InputSet:
+        q, k, v = (as_heads(x, HEAD_DIM) for x in heads_of_one_product(session, heads, tokens))
+        return q, k, v, *projection(session), TOPK, BLOCK_Q, BLOCK_K, "softmax"
+
+    bench_sparse(session, "sla", "sla", make, lambda: session.bf16_matmul)
