@@ -217,7 +217,6 @@ def sparse_linear_attention(
     int8: bool = False,
     fp8: bool = False,
     cuda: bool = False,
-    o_scale: torch.Tensor | None = None,
 ) -> None:
     """Attend and write `o` (B, H, L, D), which may have any strides but a unit last one.
 
@@ -227,8 +226,6 @@ def sparse_linear_attention(
         int8: multiply q and k in int8; fp8: P and v in e4m3.
         cuda: attend by sparse_attention.cu; it takes 8-bit operands and writes bfloat16 to memory
             in (B, L, H, D).
-        o_scale: (B·L, H) float32 with strides (1, B·L): o is then e4m3, quantized per token and
-            head.
     """
     if q.numel() == 0:
         return
@@ -242,7 +239,7 @@ def sparse_linear_attention(
     if cuda:
         attend_on_hopper(o, lists, ready)
     else:
-        attend_prepared(q, k, v, o, lists, ready, blocks, o_scale=o_scale)
+        attend_prepared(q, k, v, o, lists, ready, blocks)
 
 
 def attend_on_hopper(o: torch.Tensor, lists: torch.Tensor, ready: Prepared) -> None:
@@ -263,8 +260,6 @@ def attend_prepared(
     lists: torch.Tensor,
     ready: Prepared,
     blocks: Blocks,
-    *,
-    o_scale: torch.Tensor | None = None,
 ) -> None:
     """The attention kernel alone, on what `prepare` and `block_routing` gave."""
     batch, heads, length, head_dim = q.shape
@@ -277,7 +272,7 @@ def attend_prepared(
             q, ready.q_int8, ready.q_scale,
             _tiles(ready.k_int8, tma) if int8 else k, ready.k_scale,
             _tiles(ready.v_fp8, tma) if fp8 else v, ready.v_scale,
-            lists, o, o_scale, ready.branch,
+            lists, o, ready.branch,
             length, heads, lists.shape[-1], math.log2(math.e) * head_dim**-0.5,
             *_strides(q), *_strides(k), *_strides(v), *_strides(o),
             HEAD_DIM=head_dim, BLOCK_Q=blocks.q, BLOCK_K=blocks.k,
@@ -288,7 +283,7 @@ def attend_prepared(
     configs = [config for config in CONFIGS if tma_serves or not config.tma]
     problem = (
         "sparse attention", q.device, q.dtype, blocks.q, blocks.k, length.bit_length(),
-        lists.shape[-1].bit_length(), int8, fp8, ready.branch is None, o_scale is None,
+        lists.shape[-1].bit_length(), int8, fp8, ready.branch is None,
     )  # fmt: skip
     launch(fastest(problem, configs, launch))
 

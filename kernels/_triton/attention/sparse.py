@@ -13,11 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..device import block_scale, to_quantized
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_448 = tl.constexpr(8.807354922057604)
-FP8_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
@@ -88,7 +85,6 @@ def attend(
     v_scale,  # (B·H, D) float32
     lists,  # (B·H, NQ, keep) int32, ascending
     o,  # as q, by strides
-    o_scale,  # (B·L, H) float32 with strides (1, B·L): o is quantized per token and head; or None
     branch,  # (B, L, H, D) of q's dtype, the linear branch's result; or None
     length,
     heads,
@@ -152,11 +148,4 @@ def attend(
         at = ((batch * length + token[:, None]) * heads + head) * HEAD_DIM + channel[None, :]
         result += tl.load(branch + at, mask=exists, other=0.0).to(tl.float32)
     target = batch * o_batch + token[:, None] * o_token + head * o_head + channel[None, :]
-    if o_scale is not None:
-        step = block_scale(tl.max(tl.abs(result), axis=1), FP8_MAX)
-        tokens = tl.num_programs(1) // heads * length
-        tl.store(o_scale + head * tokens + batch * length + token, step, mask=token < length)
-        quantized = to_quantized(result, step[:, None], o.dtype.element_ty)
-        tl.store(o + target, quantized, mask=exists)
-    else:
-        tl.store(o + target, result.to(o.dtype.element_ty), mask=exists)
+    tl.store(o + target, result.to(o.dtype.element_ty), mask=exists)
