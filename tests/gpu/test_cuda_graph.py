@@ -52,6 +52,17 @@ def velocity(module, inputs):
         return module(**inputs, return_dict=False)[0]
 
 
+def wait_in_each_step(module):
+    """Let each step wait for the GPU, which cannot be recorded."""
+    step = module._staged.graphs._step
+
+    def waits(**values):
+        values["hidden_states"].sum().item()
+        return step(**values)
+
+    module._staged.graphs._step = waits
+
+
 @pytest.mark.parametrize("pipeline", PIPELINES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_replays_keep_every_bit_for_prompts_timesteps_seeds_and_sizes_in_turn(name, pipeline):
@@ -118,16 +129,25 @@ def test_a_step_that_waits_for_the_gpu_falls_back_and_says_why():
     graphs, eager = pair(T2V)
     inputs = inputs_of(T2V, 1, 2, 8, 8)
     velocity(graphs, inputs)
-    step = graphs._staged.graphs._step
-
-    def waits(**values):
-        values["hidden_states"].sum().item()
-        return step(**values)
-
-    graphs._staged.graphs._step = waits
+    wait_in_each_step(graphs)
     for _ in range(3):
         assert torch.equal(velocity(graphs, inputs), velocity(eager, inputs))
     assert graphs.cuda_graph_status.startswith("failed, each step is launched anew: ")
+
+
+def test_random_numbers_go_on_as_before_after_a_recording_failed():
+    graphs, _ = pair(T2V)
+    inputs = inputs_of(T2V, 1, 2, 8, 8)
+    velocity(graphs, inputs)
+    wait_in_each_step(graphs)
+    torch.manual_seed(5)
+    torch.randn(3, device="cuda")
+    velocity(graphs, inputs)
+    assert graphs.cuda_graph_status.startswith("failed")
+    drawn = torch.randn(4, device="cuda")
+    torch.manual_seed(5)
+    torch.randn(3, device="cuda")
+    assert torch.equal(drawn, torch.randn(4, device="cuda"))
 
 
 def test_a_callers_own_cuda_graph_takes_the_whole_network_in():

@@ -6,11 +6,13 @@ its own first. What a replay repeats are the kernels that were chosen when it wa
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -80,9 +82,45 @@ class CudaBackend:
         recording = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
-        with torch.cuda.device(self._device), recording:
+        on_device = torch.cuda.device(self._device)
+        with _no_collection(), _own_randomness(self._device), on_device, recording:
             result = run()
         return graph.replay, result
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect garbage now and not within: a graph that is freed while one is recorded spoils it."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Give the device's generator a new state, equal to the old, if recording fails.
+
+    The old one is left believing that it is being recorded, and refuses to draw from then on.
+    """
+    generator = torch.cuda.default_generators[_index(device)]
+    seed, offset = generator.initial_seed(), generator.get_offset()
+    try:
+        yield
+    except BaseException:
+        fresh = torch.Generator(device)
+        fresh.manual_seed(seed)
+        fresh.set_offset(offset)
+        generator.graphsafe_set_state(fresh.graphsafe_get_state())
+        raise
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def why_not(device: torch.device, wanted: bool) -> str | None:
