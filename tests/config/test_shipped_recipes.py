@@ -14,6 +14,8 @@ from turbo_opt.targets import get_target
 pytestmark = pytest.mark.real_passes
 SHIPPED = [info.name for info in list_recipes() if info.kind == "shipped"]
 SPARSE = {name for name in SHIPPED if name.endswith("-sparse")}
+ATTENTION_PASSES = {"sparse": "sparse-attention", "sage": "sage-attention"}
+VARIATIONS = {name for name in SHIPPED if name.rpartition("-")[2] in ATTENTION_PASSES}
 MODELS = {name.partition("/")[0] for name in SHIPPED}
 
 
@@ -21,7 +23,7 @@ def test_every_model_has_a_recipe_for_every_machine():
     assert len(MODELS) == 11
     machines = ("cpu", "h200", "rtx4090", "rtx5090")
     dense = {f"{model}/{machine}" for model in MODELS for machine in machines}
-    assert dense == set(SHIPPED) - SPARSE
+    assert dense == set(SHIPPED) - VARIATIONS
 
 
 def test_text_and_image_models_have_sparse_recipes_for_gpus():
@@ -32,12 +34,14 @@ def test_text_and_image_models_have_sparse_recipes_for_gpus():
         assert {name.partition("/")[2] for name in SPARSE if name.startswith(model)} == gpus
 
 
-@pytest.mark.parametrize("name", sorted(SPARSE))
-def test_a_sparse_recipe_is_the_dense_one_with_sparse_attention(name):
-    sparse = [spec for spec in load_recipe(name).specs() if spec.name != "sparse-attention"]
-    dense = load_recipe(name.removesuffix("-sparse"))
-    assert tuple(sparse) == dense.specs()
-    assert load_recipe(name).target == dense.target
+@pytest.mark.parametrize("name", sorted(VARIATIONS))
+def test_a_recipe_with_other_attention_is_the_dense_one_with_one_more_pass(name):
+    dense_name, _, variation = name.rpartition("-")
+    recipe, dense = load_recipe(name), load_recipe(dense_name)
+    added = ATTENTION_PASSES[variation]
+    assert [spec.name for spec in recipe.specs()].count(added) == 1
+    assert tuple(spec for spec in recipe.specs() if spec.name != added) == dense.specs()
+    assert recipe.target == dense.target
 
 
 def test_shipped_recipes_are_package_data():
@@ -54,7 +58,7 @@ def test_every_shipped_recipe_loads_and_names_known_passes(name):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipe_is_for_its_machine_and_a_scheme_of_its_hardware(name):
     recipe = load_recipe(name)
-    assert recipe.target == name.partition("/")[2].removesuffix("-sparse")
+    assert recipe.target == name.partition("/")[2].partition("-")[0]
     schemes = [spec.options["scheme"] for spec in recipe.specs() if "scheme" in spec.options]
     assert schemes == [get_target(recipe.target).schemes[0]]
     assert recipe.description

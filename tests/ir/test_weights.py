@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from turbo_opt.errors import BadInput
-from turbo_opt.ir.files import SafetensorsFile, new_pages
+from turbo_opt.ir import disk
+from turbo_opt.ir.disk import new_pages
+from turbo_opt.ir.files import SafetensorsFile
 from turbo_opt.ir.transforms import block_quantized
 from turbo_opt.ir.weights import WeightStore, cast, constant, from_file, from_json, to_json
 
@@ -60,7 +62,7 @@ def test_long_reads_give_the_same_bytes_with_and_without_the_cache(tmp_path, mon
     values = {"odd": torch.randn(5), "w": torch.randn(1111, 1000), "z": torch.randn(3)}
     save_file(values, path)
     if not direct:
-        monkeypatch.delattr("os.O_DIRECT")
+        monkeypatch.setattr(disk, "_DIRECT", 0)
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
         os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from tests.helpers.tiny_folder import reference_pipeline, shared_folder, tiny_program
 from turbo_opt.errors import BadInput
+from turbo_opt.ir.rcm import rcm_schedule
 from turbo_opt.ir.schedule import Schedule, Step
-from turbo_opt.runtime.sampler import initial_latents, sample
+from turbo_opt.runtime.sampler import advance, initial_latents, sample
 from turbo_opt.runtime.scheduler import FixedStepScheduler, scheduler_for
 
 SHAPE = (1, 16, 2, 8, 12)
@@ -90,32 +91,68 @@ def test_euler_follows_the_velocity() -> None:
     torch.testing.assert_close(found, x)
 
 
-@pytest.mark.parametrize("rule", ["rcm-sde", "rcm-ode"])
-def test_rcm_steps_accumulate_in_float64_by_the_published_formulas(rule: Any) -> None:
-    tau = [math.atan(80), 1.5, 1.4, 1.0]
-    times = [math.sin(t) / (math.cos(t) + math.sin(t)) for t in tau] + [0.0]
-    schedule = Schedule(_steps(rule, times), initial_noise_scale=times[0])
+class Recorded:
+    """An analytic velocity field, in the network's dtype, and the x that it was asked at."""
+
+    config = {"patch_size": (1, 2, 2), "in_channels": 16}
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def velocity(self, x: Tensor, timestep: float) -> Tensor:
+        """sin(3x) + 0.7·x·t, t in float32 as networks have it."""
+        time = torch.tensor(timestep, dtype=torch.float32) / 1000
+        return torch.sin(3 * x) + (0.7 * time).to(x.dtype) * x
+
+    def __call__(self, *, return_dict: bool, **inputs: Tensor) -> tuple[Tensor]:
+        assert inputs["hidden_states"].dtype == self.dtype
+        (timestep,) = set(inputs["timestep"].tolist())
+        return (self.velocity(inputs["hidden_states"], timestep),)
+
+
+@pytest.mark.parametrize("network_dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sigma_max", [80.0, 200.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize("rule", ["sde", "ode"])
+def test_rcm_sampling_is_the_published_one_to_the_last_bit_of_float64(
+    rule: Any, steps: int, sigma_max: float, network_dtype: torch.dtype
+) -> None:
+    schedule = rcm_schedule(steps, sigma_max, rule)
+    network = Recorded(network_dtype)
     generator = torch.Generator().manual_seed(0)
     latents = initial_latents(schedule, SHAPE, generator)
+    states: list[Tensor] = [latents]
+    for step in schedule.steps:
+        v = network.velocity(states[-1].to(network_dtype), float(torch.tensor(step.timestep)))
+        states.append(advance(step, v, states[-1], generator))
     found = sample(
-        {"transformer": Linear()}, schedule, torch.zeros(1, 4, 8), latents=latents,
-        generator=generator,
+        {"transformer": network}, schedule, torch.zeros(1, 4, 8), latents=latents,
+        generator=_generator_after_the_first_draw(),
     )  # fmt: skip
 
+    tau = [math.atan(sigma_max), 1.5, 1.4, 1.0][:steps] + [0.0]
+    times = [math.sin(t) / (math.cos(t) + math.sin(t)) for t in tau]
     generator = torch.Generator().manual_seed(0)
-    x = (torch.randn(SHAPE, generator=generator) * times[0]).double()
-    for now, then in itertools.pairwise(times):
-        timestep = torch.tensor(1000 * now, dtype=torch.float32)
-        v = (x.float() * 0.5 + timestep / 1000).double()
-        if rule == "rcm-ode":
-            x = x - (now - then) * v
-        elif then:
-            noise = torch.randn(SHAPE, generator=generator).double()
-            x = (1 - then) * (x - now * v) + then * noise
+    x = torch.randn(SHAPE, generator=generator).to(torch.float64) * times[0]
+    assert torch.equal(states[0], x)
+    for index, (t, s) in enumerate(itertools.pairwise(times)):
+        timestep = float(torch.tensor(1000 * t, dtype=torch.float32))
+        v = network.velocity(x.to(network_dtype), timestep).to(torch.float64)
+        if rule == "ode":
+            x = x - (t - s) * v
         else:
-            x = x - now * v
+            noise = torch.zeros(SHAPE) if s == 0 else torch.randn(SHAPE, generator=generator)
+            x = (1 - s) * (x - t * v) + s * noise.to(torch.float64)
+        assert states[index + 1].dtype == torch.float64
+        assert torch.equal(states[index + 1], x)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, x.float(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(found, x.float())
+
+
+def _generator_after_the_first_draw() -> torch.Generator:
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(SHAPE, generator=generator)
+    return generator
 
 
 def test_a_timestep_for_every_token_where_the_model_takes_them() -> None:
@@ -188,4 +225,4 @@ def test_fixed_steps_work_in_a_diffusers_pipeline() -> None:
             embeds,
             latents=initial_latents(schedule, SHAPE, torch.Generator().manual_seed(4)),
         )
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found, expected)

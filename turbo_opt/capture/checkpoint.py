@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from turbo_opt.capture.folder import read_json
+from turbo_opt.checkpoints.folder import shards
+from turbo_opt.checkpoints.names import diffusers_name, is_kept_aside
 from turbo_opt.errors import BadInput, nearest
 from turbo_opt.ir.files import SafetensorsFile
 from turbo_opt.ir.weights import LazyTensor, WeightStore, cast, constant, from_file
-
-_SINGLE = "diffusion_pytorch_model.safetensors"
-_INDEX = "diffusion_pytorch_model.safetensors.index.json"
-_KEPT_ASIDE = re.compile(r"\.proj_l\.(weight|bias)$")
-"""Weights that no diffusers class has, but that a pass may want."""
-_ORIGINAL_ATTENTION = ".self_attn.attn_op.local_attn."
-_DIFFUSERS_ATTENTION = ".attn1."
 
 
 @dataclass(frozen=True)
@@ -78,42 +71,20 @@ def _unread(stored: Mapping[str, LazyTensor], read: Mapping[str, LazyTensor]) ->
     """The weights to keep aside; released SLA weights carry the names of the original Wan."""
     return WeightStore(
         {
-            name.replace(_ORIGINAL_ATTENTION, _DIFFUSERS_ATTENTION): tensor
+            diffusers_name(name): tensor
             for name, tensor in stored.items()
-            if _KEPT_ASIDE.search(name) and name not in read
+            if is_kept_aside(name) and name not in read
         }
     )
 
 
 def _stored_tensors(folder: Path) -> dict[str, LazyTensor]:
     stored = {}
-    for path, keys in _shards(folder):
+    for path, keys in shards(folder):
         file = SafetensorsFile.open(str(path))
         for key in keys if keys is not None else file.keys():
             stored[key] = from_file(str(path), key)
     return stored
-
-
-def _shards(folder: Path) -> Iterable[tuple[Path, list[str] | None]]:
-    if (folder / _SINGLE).is_file():
-        yield folder / _SINGLE, None
-        return
-    if not (folder / _INDEX).is_file():
-        raise BadInput(
-            f"{folder}: holds neither {_SINGLE} nor {_INDEX} (weights must be safetensors)"
-        )
-    weight_map = read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise BadInput(f"{folder / _INDEX}: has no weight_map")
-    by_shard: dict[str, list[str]] = {}
-    for key, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise BadInput(f"{folder / _INDEX}: shard {shard!r} points outside the folder")
-        by_shard.setdefault(shard, []).append(key)
-    for shard, keys in by_shard.items():
-        if not (folder / shard).is_file():
-            raise BadInput(f"{folder}: shard {shard} is missing ({len(keys)} weights are in it)")
-        yield folder / shard, keys
 
 
 def storage_dtype(name: str, dtype: torch.dtype, keep_float32: Iterable[str]) -> torch.dtype:

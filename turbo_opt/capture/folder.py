@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from turbo_opt.errors import BadInput
 from turbo_opt.ir.program import Components
+from turbo_opt.json_files import read_json
 
 DENOISER_CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
 """Diffusers classes that capture knows the inputs of."""
@@ -92,23 +92,6 @@ def find_source(source: str, base: Path | None = None) -> Path:
     raise BadInput(
         f"{source}: no such folder; a model is 'tiny-wan', a diffusers folder or a hub id"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        BadInput: missing, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise BadInput(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: expected a JSON object")
-    return value
 
 
 def _denoiser(path: Path, name: str, class_name: str) -> tuple[str, Mapping[str, Any]]:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from turbo_opt.capture.folder import read_json
 from turbo_opt.errors import BadInput
 from turbo_opt.ir.program import Components
+from turbo_opt.ir.rcm import RCM_SCHEDULER, SIGMA_MAX, rcm_schedule
 from turbo_opt.ir.schedule import Schedule, Step
+from turbo_opt.json_files import read_json
 
 
 def pipeline_schedule(
@@ -21,7 +22,7 @@ def pipeline_schedule(
     guidance_scale_2: float | None = None,
     flow_shift: float | None = None,
 ) -> Schedule:
-    """The steps of the pipeline's own scheduler.
+    """The steps of the pipeline's own scheduler; those of an rCM student are unguided.
 
     Two experts switch at `boundary_ratio`: steps at or above it run `transformer`, the others
     `transformer_2` (diffusers, WanPipeline).
@@ -34,10 +35,19 @@ def pipeline_schedule(
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     if flow_shift is not None:
         settings["shift" if name.startswith("FlowMatch") else "flow_shift"] = flow_shift
+    boundary = components.pipeline_config.get("boundary_ratio")
+    expand_timesteps = bool(components.pipeline_config.get("expand_timesteps", False))
+    if name == RCM_SCHEDULER:
+        return rcm_schedule(
+            num_inference_steps,
+            SIGMA_MAX if settings.get("sigma_max") is None else settings["sigma_max"],
+            settings.get("rule", "sde"),
+            boundary=boundary,
+            expand_timesteps=expand_timesteps,
+        )
     scheduler = make_scheduler({"class": name, "config": settings})
     scheduler.set_timesteps(num_inference_steps)
     sigmas = [float(sigma) for sigma in scheduler.sigmas]
-    boundary = components.pipeline_config.get("boundary_ratio")
     train_steps = settings.get("num_train_timesteps", 1000)
     steps = []
     for index, timestep in enumerate(scheduler.timesteps.tolist()):
@@ -60,7 +70,7 @@ def pipeline_schedule(
             "num_inference_steps": num_inference_steps,
         },
         initial_noise_scale=float(scheduler.init_noise_sigma),
-        expand_timesteps=bool(components.pipeline_config.get("expand_timesteps", False)),
+        expand_timesteps=expand_timesteps,
     )
 
 

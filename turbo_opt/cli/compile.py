@@ -53,6 +53,8 @@ class Compiled:
         records: one for every pass run, as in the history; `cached` where it came from the cache.
         end_to_end: denoiser → SQNR in dB of one whole evaluation, where the recipe asks for it.
         seconds: of everything.
+        stage_seconds: of `capture`, `plan`, `passes`, `end_to_end`, `weights` (their stream from
+            disk to disk) and `save`, what else an artifact takes.
     """
 
     built: Built
@@ -60,6 +62,7 @@ class Compiled:
     out: Path
     seconds: float
     end_to_end: Mapping[str, float] = field(default_factory=dict)
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -69,6 +72,7 @@ class Compiled:
         totals = {
             "seconds": self.seconds,
             "pass_seconds": sum(row["seconds"] for row in rows),
+            "stage_seconds": dict(self.stage_seconds),
             "weight_bytes_before": self.built.captured.weight_bytes,
             "weight_bytes_after": self.built.optimized.weight_bytes,
             "evaluations": self.built.optimized.schedule.evaluations,
@@ -88,7 +92,7 @@ def compile_recipe(work: Compilation, board: Board) -> Compiled:
     from turbo_opt.artifact.save import save
     from turbo_opt.compiler.build import build
 
-    started = time.perf_counter()
+    clock = _Clock()
     watching = PassProgress(board, len(work.pipeline))
     instruments: list[Instrument] = [watching]
     if work.dump_ir is not None:
@@ -101,10 +105,17 @@ def compile_recipe(work: Compilation, board: Board) -> Compiled:
             resume=work.resume,
             reproducer=reproducer_of(work.out),
             capturing=capturing,
-            check=lambda program: _check_before_work(work, program, capturing),
+            check=lambda program: _check_before_work(work, program, capturing, clock),
         )
+    clock.lap("passes")
     end_to_end = _end_to_end(work.recipe, built, board)
+    clock.lap("end_to_end")
     saving, began = board.task("save", bytes_unit=True), time.perf_counter()
+
+    def progress(stage: str, done: int, total: int) -> None:
+        clock.lap(stage if "save" in clock.seconds else "save")
+        saving.update(done, total)
+
     save(
         built.optimized,
         work.out,
@@ -113,13 +124,32 @@ def compile_recipe(work: Compilation, board: Board) -> Compiled:
         kernels=_providers(work.recipe, built.optimized),
         resume=work.resume,
         overwrite=work.overwrite,
-        progress=lambda stage, done, total: saving.update(done, total),
+        progress=progress,
         report={"metrics": {f"{k}, end to end": decibels(v) for k, v in end_to_end.items()}},
     )
     written = built.optimized.weight_bytes
     saving.finish(f"{size(written)}, {size(written / (time.perf_counter() - began))}/s")
-    seconds = time.perf_counter() - started
-    return Compiled(built, watching.records, work.out, seconds, end_to_end)
+    clock.lap("save")
+    seconds = sum(clock.seconds.values())
+    return Compiled(built, watching.records, work.out, seconds, end_to_end, clock.seconds)
+
+
+class _Clock:
+    """How long the stages took, each until the next began; one may come again.
+
+    Attributes:
+        seconds: by stage.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """What went on until now was `stage`."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
 
 
 def _providers(recipe: Recipe, program: Program) -> dict[str, dict[str, int]]:
@@ -131,7 +161,8 @@ def _providers(recipe: Recipe, program: Program) -> dict[str, dict[str, int]]:
     grain = granularity(program)
     if grain is None:
         return {}
-    return chosen_providers(program, get_target(recipe.target), latent_shape(recipe, grain))
+    latent, text_tokens = latent_shape(recipe, grain), recipe.generate.max_sequence_length
+    return chosen_providers(program, get_target(recipe.target), latent, text_tokens)
 
 
 class PassProgress(BaseInstrument):
@@ -193,7 +224,9 @@ class _Capture:
         self._task = None
 
 
-def _check_before_work(work: Compilation, program: Program, capture: _Capture) -> None:
+def _check_before_work(
+    work: Compilation, program: Program, capture: _Capture, clock: _Clock
+) -> None:
     """Plan on the captured graphs: what is wrong with options or sizes shows before a weight is
     read; then there must be room for the result. Passes that verify nothing read no weight, so
     planning is left to them, and the look at the disk to `save`."""
@@ -202,6 +235,7 @@ def _check_before_work(work: Compilation, program: Program, capture: _Capture) -
     from turbo_opt.compiler.manager import PassManager, Verification
 
     capture.done()
+    clock.lap("capture")
     check_clip_size(work.recipe, program)
     planned = None
     if work.recipe.verify.mode != "off":
@@ -215,6 +249,7 @@ def _check_before_work(work: Compilation, program: Program, capture: _Capture) -
         check_space(existing_parent(work.out), planned.weight_bytes + _OTHER_BYTES)
     if work.dump_ir is not None:
         clear_dump(work.dump_ir)
+    clock.lap("plan")
 
 
 def _end_to_end(recipe: Recipe, built: Built, board: Board) -> dict[str, float]:
@@ -236,6 +271,7 @@ def _recipe_in_reproducer(work: Compilation) -> Iterator[None]:
         yield
     except TurboOptError as error:
         if error.exit_code != 2 and place.is_dir():
-            text = json.dumps(work.recipe.canonical(), indent=1)
+            record = work.recipe.canonical() | {"weights": work.recipe.checkpoints()}
+            text = json.dumps(record, indent=1)
             (place / "recipe.json").write_text(text + "\n", encoding="utf-8")
         raise

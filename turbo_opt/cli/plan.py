@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,8 @@ def plan(session: Session, **selection: Any) -> None:
     """Show what a run would do, without reading weights.
 
     The order of the passes, their matches and near misses, the weights before and after, the
-    evaluations per clip, and how much memory it takes. RECIPE is as for `turbo-opt run`.
+    evaluations per clip, how much memory it takes, and what is kept between steps. RECIPE is as for
+    `turbo-opt run`.
     """
     recipe = select_recipe(**selection)
     pipeline = checked_pipeline(recipe)
@@ -35,7 +37,9 @@ def plan(session: Session, **selection: Any) -> None:
     from turbo_opt.cli.progress import Board
     from turbo_opt.compiler.build import capture_recipe
     from turbo_opt.compiler.manager import PassManager, Verification
+    from turbo_opt.compiler.validation import check_files
 
+    check_files(pipeline)
     with Board(session) as board, board.step(f"capture {recipe.model.source}"):
         captured = capture_recipe(recipe)
     check_clip_size(recipe, captured)
@@ -51,8 +55,11 @@ def plan(session: Session, **selection: Any) -> None:
 
 def _missing(pipeline: list[PlannedPass], program: Program) -> dict[str, list[str]]:
     """Pass name → globs over weight names that the checkpoint does not satisfy."""
+    from turbo_opt.compiler.validation import with_known_weights
+
     found = {
-        item.spec.name: item.pass_class.missing_weights(item.options, program) for item in pipeline
+        item.spec.name: item.pass_class.missing_weights(item.options, program)
+        for item in with_known_weights(pipeline)
     }
     return {name: globs for name, globs in found.items() if globs}
 
@@ -103,24 +110,39 @@ def _record(
 def _memory(recipe: Recipe, captured: Program, optimized: Program) -> dict[str, Any]:
     """Estimates in bytes: to compile, and to run at the recipe's clip size."""
     from turbo_opt.cli.clip_size import granularity, latent_shape
-    from turbo_opt.cli.memory import peak_activation_bytes
+    from turbo_opt.cli.memory import kept_bytes, peak_activation_bytes
 
-    grain = granularity(captured)
+    grain, text_tokens = granularity(captured), recipe.generate.max_sequence_length
     peak = None
+    kept: Counter[str] = Counter()
     if grain is not None:
         latents = latent_shape(recipe, grain)
-        peak = max(peak_activation_bytes(item, latents) for item in optimized)
+        peak = max(peak_activation_bytes(item, latents, text_tokens) for item in optimized)
+        for item in optimized:
+            kept.update(kept_bytes(item, optimized.schedule, latents, text_tokens))
     largest = max(tensor.nbytes for item in captured for tensor in item.weights.values())
     return {
         "largest_weight_bytes": largest,
         "weights_on_device_bytes": optimized.weight_bytes,
         "activations_bytes": peak,
-        "run_bytes": None if peak is None else optimized.weight_bytes + peak,
+        "kept_bytes": dict(kept) or None,
+        "run_bytes": None if peak is None else optimized.weight_bytes + peak + kept["clip"],
     }
 
 
 def _first_of(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _kept(kept: Mapping[str, int] | None) -> str:
+    from turbo_opt.cli.tables import size
+
+    if kept is None:
+        return "nothing"
+    return (
+        f"{size(kept['shape'])} a clip size, {size(kept['prompt'])} a prompt, "
+        f"{size(kept['timestep'])} a noise level: {size(kept['clip'])} for a clip"
+    )
 
 
 def _show(session: Session, record: dict[str, Any]) -> None:
@@ -149,7 +171,8 @@ def _show(session: Session, record: dict[str, Any]) -> None:
         "evaluations": f"{record['evaluations_per_clip']} per clip, in {record['steps']} steps",
         "to run": f"about {size(memory['run_bytes'])} for the networks: weights "
         f"{size(memory['weights_on_device_bytes'])}, activations "
-        f"{size(memory['activations_bytes'])}",
+        f"{size(memory['activations_bytes'])}, and what is kept",
+        "kept between steps": _kept(memory["kept_bytes"]),
         "to compile": f"one weight at a time, the largest {size(memory['largest_weight_bytes'])}",
     }
     session.report(record, table(columns, rows), *near_miss_lines(record["passes"]), pairs(values))

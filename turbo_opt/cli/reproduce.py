@@ -37,7 +37,12 @@ def reproduce(session: Session, folder: Path) -> None:
     program, specs = read_reproducer(folder)
     recipe = _recipe(folder)
     target = get_target(recipe.target) if recipe is not None else None
-    pipeline = validate_pipeline(specs, target=target, facts=program.facts)
+    pipeline = validate_pipeline(
+        specs,
+        target=target,
+        facts=program.facts,
+        checkpoints=recipe.checkpoints() if recipe is not None else None,
+    )
     verification = _verification(recipe, pipeline)
     with Board(session) as board:
         watching = PassProgress(board, len(pipeline))

@@ -1,4 +1,4 @@
-"""Which recipe, and which of its passes: the arguments that `run` and `plan` share."""
+"""Which recipe, and which of its passes: the arguments that `run`, `plan` and `bench` share."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_OPTIONS = (
-    click.argument("recipe"),
+_CHANGES = (
     click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE",
         help="Change a value of the recipe, such as generate.height=64. May be repeated.",
@@ -38,8 +37,13 @@ _OPTIONS = (
 
 
 def selection_options(function: F) -> F:
-    """RECIPE, `--set`, `--disable-pass`, `--until`, `--passes` and `--dtype`."""
-    for option in reversed(_OPTIONS):
+    """RECIPE and `change_options`."""
+    return click.argument("recipe")(change_options(function))
+
+
+def change_options(function: F) -> F:
+    """`--set`, `--disable-pass`, `--until`, `--passes` and `--dtype`."""
+    for option in reversed(_CHANGES):
         function = option(function)
     return function
 
@@ -85,4 +89,19 @@ def checked_pipeline(recipe: Recipe) -> list[PlannedPass]:
     from turbo_opt.compiler.validation import validate_pipeline
     from turbo_opt.targets import get_target
 
-    return validate_pipeline(recipe.specs(), target=get_target(recipe.target))
+    return validate_pipeline(
+        recipe.specs(), target=get_target(recipe.target), checkpoints=recipe.checkpoints()
+    )
+
+
+def tiny_recipe_for(device: str) -> str:
+    """The recipe of tiny-wan for the detected machine, or for a CPU.
+
+    Args:
+        device: `cpu` or `cuda`.
+    """
+    from turbo_opt.config.lookup import list_recipes
+    from turbo_opt.targets import detect_target
+
+    name = f"tiny-wan/{detect_target().name}" if device == "cuda" else "tiny-wan/cpu"
+    return name if any(info.name == name for info in list_recipes()) else "tiny-wan/cpu"

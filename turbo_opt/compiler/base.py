@@ -12,7 +12,7 @@ class FuseNorms(Pass):
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatch
@@ -96,6 +96,9 @@ class Pass(abc.ABC):
     """Globs over parameter names that the checkpoint must hold for this pass to make sense."""
     missing_weights_hint: ClassVar[str] = ""
     """What it means that weights are missing, and what to do, in one clause."""
+    brings_weights: ClassVar[bool] = False
+    """Whether it may give the program weights that later passes need: those are asked for once it
+    has run."""
     may_match_nothing: ClassVar[bool] = False
     """True only where doing nothing is a normal outcome (a graph already in canonical form)."""
 
@@ -112,6 +115,18 @@ class Pass(abc.ABC):
     def objection_to(cls, options: PassOptions, target: Target) -> str | None:
         """Why the pass with these options cannot serve `target`, in one clause; None if it can."""
         return None
+
+    @classmethod
+    def files_read(cls, options: PassOptions, checkpoints: Mapping[str, str]) -> Sequence[str]:
+        """Digests of the files besides the program that the result depends on.
+
+        Args:
+            checkpoints: the recipe's `weights`: name → path or hub id.
+
+        Raises:
+            BadInput: one of them is not there or cannot be read.
+        """
+        return ()
 
     @classmethod
     def missing_weights(cls, options: PassOptions, program: Program) -> list[str]:

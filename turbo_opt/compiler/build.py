@@ -10,7 +10,7 @@ from turbo_opt.capture import capture
 from turbo_opt.compiler.cache import PassCache, first_key
 from turbo_opt.compiler.instruments import Instrument
 from turbo_opt.compiler.manager import PassManager, Verification
-from turbo_opt.compiler.validation import validate_pipeline
+from turbo_opt.compiler.validation import check_files, validate_pipeline
 from turbo_opt.config.schema import Recipe
 from turbo_opt.ir.program import Program
 from turbo_opt.targets import get_target
@@ -47,7 +47,10 @@ def build(
     Raises:
         BadInput, BudgetExceeded, PassFailed: see `PassManager.run` and `capture`.
     """
-    pipeline = validate_pipeline(recipe.specs(), target=get_target(recipe.target))
+    pipeline = validate_pipeline(
+        recipe.specs(), target=get_target(recipe.target), checkpoints=recipe.checkpoints()
+    )
+    check_files(pipeline)
     captured = capture_recipe(recipe, capturing)
     check(captured)
     verification = Verification("off")

@@ -101,7 +101,8 @@ def next_key(key: str, planned: PlannedPass, verification: Any) -> str:
     """
     source = inspect.getsourcefile(planned.pass_class)
     own = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
-    return _digest([key, str(planned.spec), str(planned.target), own, verification])
+    files = list(planned.pass_class.files_read(planned.options, planned.checkpoints))
+    return _digest([key, str(planned.spec), str(planned.target), own, verification, files])
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +25,13 @@ class PassContext:
         verifier: compares each match with its replacement; None when planning without weights.
         tick: called once for each match, for progress.
         target: the machine to compile for; None when none was named.
+        checkpoints: the recipe's `weights`: name → path or hub id.
     """
 
     verifier: LocalVerifier | None = None
     tick: Callable[[], None] = field(default=lambda: None)
     target: Target | None = None
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
 
     def verify(
         self,

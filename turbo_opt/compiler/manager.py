@@ -98,8 +98,12 @@ class PassManager:
         check_weights(self._pipeline, program)
         keys = self._keys(key)
         start, program = self._restore(program, keys)
+        if any(planned.pass_class.brings_weights for planned in self._pipeline[:start]):
+            check_weights(self._pipeline[start:], program)
         for index in range(start, len(self._pipeline)):
             program = self._run_one(index, program)
+            if self._pipeline[index].pass_class.brings_weights:
+                check_weights(self._pipeline[index + 1 :], program)
             if self._cache is not None and key:
                 self._cache.put(keys[index], program)
         return program
@@ -131,7 +135,10 @@ class PassManager:
         self._tell("before_pass", index, planned, before)
         verifier = self._verification.verifier(planned)
         context = PassContext(
-            verifier, tick=lambda: self._tell("match_found"), target=planned.target
+            verifier,
+            tick=lambda: self._tell("match_found"),
+            target=planned.target,
+            checkpoints=planned.checkpoints,
         )
         started = time.perf_counter()
         try:

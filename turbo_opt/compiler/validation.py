@@ -5,8 +5,8 @@ The user's order is kept: nothing is ever reordered or added silently.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from turbo_opt.compiler.base import Pass, PassOptions, get_pass, registered_passes
 from turbo_opt.compiler.pipeline import PassSpec, validate_options
@@ -18,12 +18,14 @@ from turbo_opt.targets import Target
 
 @dataclass(frozen=True)
 class PlannedPass:
-    """A pass of a checked pipeline: what was written, its class, typed options and target."""
+    """A pass of a checked pipeline: what was written, its class, typed options, target, and the
+    recipe's `weights` by name."""
 
     spec: PassSpec
     pass_class: type[Pass]
     options: PassOptions
     target: Target | None = None
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
 
 
 def validate_pipeline(
@@ -31,11 +33,13 @@ def validate_pipeline(
     *,
     target: Target | None = None,
     facts: frozenset[Fact] = frozenset(),
+    checkpoints: Mapping[str, str] | None = None,
 ) -> list[PlannedPass]:
     """Check names, options, order and target of a whole pipeline.
 
     Args:
         facts: what holds before the first pass.
+        checkpoints: the recipe's `weights`: name → path or hub id.
 
     Raises:
         BadInput: the first thing that is wrong, with the place it was written at and the remedy.
@@ -49,20 +53,43 @@ def validate_pipeline(
         if objection is not None:
             raise spec.error(f"{spec.name}: {objection}")
         facts = facts_after(pass_class, facts)
-        planned.append(PlannedPass(spec, pass_class, options, target))
+        planned.append(PlannedPass(spec, pass_class, options, target, checkpoints or {}))
     return planned
 
 
 def check_weights(planned: Sequence[PlannedPass], program: Program) -> None:
-    """The checkpoint must hold what each pass says it needs.
+    """The program must hold what each pass says it needs.
+
+    Passes behind one that brings weights are left for when it has run.
 
     Raises:
         BadInput: a pass needs weights that no denoiser has.
     """
-    for item in planned:
+    for item in with_known_weights(planned):
         missing = item.pass_class.missing_weights(item.options, program)
         if missing:
             raise item.spec.error(missing_weights_message(item, missing))
+
+
+def with_known_weights(planned: Sequence[PlannedPass]) -> Sequence[PlannedPass]:
+    """The passes up to and with the first that brings weights."""
+    for index, item in enumerate(planned):
+        if item.pass_class.brings_weights:
+            return planned[: index + 1]
+    return planned
+
+
+def check_files(planned: Sequence[PlannedPass]) -> None:
+    """The files that passes read besides the program are there.
+
+    Raises:
+        BadInput: one is not, or is damaged.
+    """
+    for item in planned:
+        try:
+            item.pass_class.files_read(item.options, item.checkpoints)
+        except BadInput as error:
+            raise item.spec.error(str(error)) from None
 
 
 def missing_weights_message(planned: PlannedPass, missing: Sequence[str]) -> str:

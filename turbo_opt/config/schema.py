@@ -23,6 +23,7 @@ from pydantic import (
 
 from turbo_opt.compiler.base import Numerics
 from turbo_opt.compiler.pipeline import PassSpec
+from turbo_opt.config.explain import format_path
 from turbo_opt.errors import BadInput
 from turbo_opt.targets import get_target
 
@@ -253,9 +254,27 @@ class Recipe(_Section):
         source = self.model.source
         if source == EMBEDDED_MODEL:
             return None
+        written = self._as_path(source, "model.source")
+        return written or (Path(source) if Path(source).is_dir() else None)
+
+    def checkpoints(self) -> dict[str, str]:
+        """`weights` with every path made absolute; hub ids stay as they are.
+
+        What is a path is told as for `model_folder`, but that files count too.
+        """
+        found = {}
+        for name, source in self.weights.items():
+            path = self._as_path(source, format_path(("weights", name)))
+            path = path or (Path(source) if Path(source).exists() else None)
+            found[name] = source if path is None else str(path.absolute())
+        return found
+
+    def _as_path(self, source: str, key: str) -> Path | None:
+        """`source` as a path, relative to the file that `key` was written in; None if it is not
+        written like one."""
         if source.startswith(("/", "./", "../", "~")) or source in (".", ".."):
-            return self.folder_of("model.source") / Path(source).expanduser()
-        return Path(source) if Path(source).is_dir() else None
+            return self.folder_of(key) / Path(source).expanduser()
+        return None
 
     def canonical(self) -> dict[str, Any]:
         """All fields, defaults filled in, as plain JSON data that `model_validate` reads back.

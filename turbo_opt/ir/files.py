@@ -9,12 +9,12 @@ header, data).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from turbo_opt.errors import BadInput, nearest
+from turbo_opt.ir.disk import read_bytes, read_into
 
 _DTYPES = {
     "F64": torch.float64,
@@ -39,11 +40,8 @@ _DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MAX_HEADER = 100 * 2**20
+_METADATA = "__metadata__"
 _SAMPLES, _SAMPLE_BYTES = 64, 64 * 2**10
-_PAGE = 4096
-_DIRECT_BYTES = 2**20
-"""Longer reads of rows go past the system's cache where it does not hold the data: filling it
-costs more processor time than quantizing, and a model larger than memory is never found there."""
 
 
 def dtype_code(dtype: torch.dtype) -> str:
@@ -52,11 +50,16 @@ def dtype_code(dtype: torch.dtype) -> str:
 
 
 class SafetensorsFile:
-    """The header of one file, and reads of its tensors by key."""
+    """The header of one file, and reads of its tensors by key.
+
+    Attributes:
+        metadata: what the file says of itself, text by name.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._header, self._data_start = _read_header(Path(path))
+        self.metadata: Mapping[str, str] = _metadata(self._header)
 
     @classmethod
     def open(cls, path: str) -> SafetensorsFile:
@@ -85,8 +88,7 @@ class SafetensorsFile:
         shape, dtype = self.describe(key)
         begin, end = self._entry(key)["data_offsets"]
         raw = torch.empty(end - begin, dtype=torch.uint8)
-        array: Any = raw.numpy()
-        if _fill(self.path, 0, memoryview(array), 0, self._data_start + begin, 0) < len(raw):
+        if read_into(self.path, self._data_start + begin, raw) < len(raw):
             raise BadInput(f"{self.path}: truncated inside tensor {key!r}")
         return raw.view(dtype).reshape(shape)
 
@@ -94,13 +96,13 @@ class SafetensorsFile:
         """Rows `start` to `stop` of one tensor, of its leading axis.
 
         Args:
-            pages: memory for them, from `new_pages`; the result lies in it.
+            pages: memory for them, from `disk.new_pages`; the result lies in it.
         """
         (rows, *rest), dtype = self.describe(key)
         begin, end = self._entry(key)["data_offsets"]
         row = (end - begin) // max(rows, 1)
         count = (stop - start) * row
-        raw = _read_bytes(self.path, self._data_start + begin + start * row, count, pages)
+        raw = read_bytes(self.path, self._data_start + begin + start * row, count, pages)
         if len(raw) < count:
             raise BadInput(f"{self.path}: truncated inside tensor {key!r}")
         if raw.data_ptr() % dtype.itemsize:
@@ -119,21 +121,8 @@ class SafetensorsFile:
 
     @functools.cached_property
     def identity(self) -> str:
-        """A digest that stands for the content: size, modification time, header, 64 samples.
-
-        Reading 28 GB to name them would double the time of a run. Like a version-control index,
-        this trusts size and time, and samples the data so that a restored or regenerated file
-        with equal times is still told apart.
-        """
-        stat = os.stat(self.path)
-        hasher = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-        hasher.update(json.dumps(self._header, sort_keys=True).encode())
-        with open(self.path, "rb", buffering=0) as handle:
-            span = max(stat.st_size - _SAMPLE_BYTES, 0)
-            for index in range(_SAMPLES):
-                handle.seek(span * index // max(_SAMPLES - 1, 1))
-                hasher.update(handle.read(_SAMPLE_BYTES))
-        return hasher.hexdigest()
+        """A digest that stands for the content; see `file_identity`."""
+        return file_identity(self.path, self._header)
 
     def _entry(self, key: str) -> dict[str, Any]:
         entry = self._header.get(key)
@@ -142,48 +131,22 @@ class SafetensorsFile:
         return entry
 
 
-def new_pages(count: int) -> Tensor:
-    """Memory for reads of up to `count` bytes, uint8, beginning at a page."""
-    buffer = torch.empty(count + 3 * _PAGE, dtype=torch.uint8)
-    return buffer[-buffer.data_ptr() % _PAGE :]
+def file_identity(path: str, header: Mapping[str, Any]) -> str:
+    """A digest that stands for a file: size, modification time, `header`, 64 samples.
 
-
-def _read_bytes(path: str, position: int, count: int, pages: Tensor) -> Tensor:
-    """`count` bytes of a file, read into `pages`; fewer where the file ends."""
-    lead = position % _PAGE
-    array: Any = pages.numpy()
-    view, filled = memoryview(array)[: -(-(lead + count) // _PAGE) * _PAGE], 0
-    if count >= _DIRECT_BYTES and hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT"):
-        for mode, flags in ((0, os.RWF_NOWAIT), (os.O_DIRECT, 0)):
-            # What cannot be had this way is left to the plain read below.
-            with contextlib.suppress(OSError):
-                filled = _fill(path, mode, view, filled // _PAGE * _PAGE, position - lead, flags)
-    if filled < lead + count:
-        filled = _fill(path, 0, view[: lead + count], filled, position - lead, 0)
-    return pages[lead : max(min(filled, lead + count), lead)]
-
-
-def _fill(path: str, mode: int, view: memoryview, filled: int, position: int, flags: int) -> int:
-    """Read on from `filled` bytes of `view`, which stands at `position` of a file; how far it got.
-
-    Raises:
-        OSError: nothing more could be read so.
+    Reading 28 GB to name them would double the time of a run. Like a version-control index,
+    this trusts size and time, and samples the data so that a restored or regenerated file
+    with equal times is still told apart.
     """
-    handle = os.open(path, os.O_RDONLY | mode)
-    try:
-        while filled < len(view):
-            try:
-                count = os.preadv(handle, [view[filled:]], position + filled, flags)
-            except OSError:
-                if mode or flags:
-                    break
-                raise
-            if not count:
-                break
-            filled += count
-        return filled
-    finally:
-        os.close(handle)
+    stat = os.stat(path)
+    hasher = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    hasher.update(json.dumps(header, sort_keys=True).encode())
+    with open(path, "rb", buffering=0) as handle:
+        span = max(stat.st_size - _SAMPLE_BYTES, 0)
+        for index in range(_SAMPLES):
+            handle.seek(span * index // max(_SAMPLES - 1, 1))
+            hasher.update(handle.read(_SAMPLE_BYTES))
+    return hasher.hexdigest()
 
 
 @functools.lru_cache(maxsize=256)
@@ -204,10 +167,17 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             raise BadInput(f"{path}: the safetensors header is not JSON") from None
     if not isinstance(header, dict):
         raise BadInput(f"{path}: the safetensors header is not a JSON object")
-    header.pop("__metadata__", None)
     for key, entry in header.items():
-        _check_entry(path, key, entry, size - 8 - length)
+        if key != _METADATA:
+            _check_entry(path, key, entry, size - 8 - length)
     return header, 8 + length
+
+
+def _metadata(header: dict[str, Any]) -> dict[str, str]:
+    """Take what a file says of itself out of its header."""
+    found = header.pop(_METADATA, None)
+    pairs = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in pairs if isinstance(value, str)}
 
 
 def _check_entry(path: Path, key: str, entry: Any, data_bytes: int) -> None:

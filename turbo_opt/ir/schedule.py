@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 UpdateRule = Literal["scheduler", "euler", "rcm-sde", "rcm-ode"]
 
 
@@ -59,6 +61,12 @@ class Schedule:
     def evaluations(self) -> int:
         """Network evaluations of one clip."""
         return sum(step.evaluations for step in self.steps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What x is kept in between steps: float64 for the rCM rules, else float32."""
+        exact = any(step.rule in ("rcm-sde", "rcm-ode") for step in self.steps)
+        return torch.float64 if exact else torch.float32
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, for the manifest."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from turbo_opt.ir.weights import LazyTensor, Transform, apply, register_transform
+from turbo_opt.ir.weights import LazyTensor, Transform, apply, cast, register_transform
 
 
 def block_quantized(weight: LazyTensor, scheme: str) -> tuple[LazyTensor, LazyTensor]:
@@ -31,6 +32,59 @@ def concatenated(*tensors: LazyTensor) -> LazyTensor:
         joined = concatenated(*(tensor.inputs[0] for tensor in tensors))
         return apply(first.op, joined, **first.attrs)[first.output]
     return apply("concatenate", *tensors)[0]
+
+
+def reshaped(tensor: LazyTensor, shape: Sequence[int]) -> LazyTensor:
+    """`tensor` with its trailing axes arranged anew; axis 0 stays.
+
+    Raises:
+        ValueError: `shape` has another first side or another number of elements.
+    """
+    if tensor.shape == tuple(shape):
+        return tensor
+    if tensor.shape[:1] != tuple(shape[:1]) or math.prod(tensor.shape) != math.prod(shape):
+        raise ValueError(f"{list(tensor.shape)} cannot be arranged as {list(shape)}")
+    return apply("reshape", tensor, shape=list(shape))[0]
+
+
+def unrounded(tensor: LazyTensor) -> LazyTensor:
+    """`tensor` in float32, before it was rounded to fewer bits if a cast was the last thing done.
+
+    Sums that are recorded one after the other so round once, at their end.
+    """
+    source = tensor.inputs[0] if tensor.op == "cast" else tensor
+    return cast(source, torch.float32)
+
+
+def plus_difference(
+    base: LazyTensor, target: LazyTensor, reference: LazyTensor, weight: float
+) -> LazyTensor:
+    """base + weight·(target − reference), float32; all of one shape.
+
+    Args:
+        base: float32.
+    """
+    return apply("plus-difference", base, target, reference, weight=weight)[0]
+
+
+def plus_scaled(base: LazyTensor, change: LazyTensor, scale: float) -> LazyTensor:
+    """base + scale·change, float32; both of one shape.
+
+    Args:
+        base: float32.
+    """
+    return apply("plus-scaled", base, change, scale=scale)[0]
+
+
+def plus_low_rank(base: LazyTensor, up: LazyTensor, down: LazyTensor, scale: float) -> LazyTensor:
+    """base + scale·(up · down), float32, with all axes but the first of each taken as one.
+
+    Args:
+        base: (out, …) float32.
+        up: (out, rank, …) whose further sides are 1.
+        down: (rank, …).
+    """
+    return apply("plus-low-rank", base, up, down, scale=scale)[0]
 
 
 def _is_quantization_like(first: LazyTensor, tensor: LazyTensor) -> bool:
@@ -60,4 +114,41 @@ def _infer_joined(*parts: LazyTensor) -> list[tuple[tuple[int, ...], torch.dtype
 register_transform(Transform("block-quantize", _infer, _compute, rows=128))
 register_transform(
     Transform("concatenate", _infer_joined, lambda *parts: [torch.cat(parts)], concatenates=True)
+)
+register_transform(
+    Transform(
+        "reshape",
+        infer=lambda x, shape: [(tuple(shape), x.dtype)],
+        compute=lambda x, shape: [x.reshape(len(x), *shape[1:])],
+        rows=1,
+    )
+)
+register_transform(
+    Transform(
+        "plus-difference",
+        infer=lambda base, target, reference, weight: [(base.shape, base.dtype)],
+        compute=lambda base, target, reference, weight: [
+            base + weight * (target.float() - reference.float())
+        ],
+        rows=1,
+    )
+)
+register_transform(
+    Transform(
+        "plus-scaled",
+        infer=lambda base, change, scale: [(base.shape, base.dtype)],
+        compute=lambda base, change, scale: [base + scale * change.float()],
+        rows=1,
+    )
+)
+register_transform(
+    Transform(
+        "plus-low-rank",
+        infer=lambda base, up, down, scale: [(base.shape, base.dtype)],
+        compute=lambda base, up, down, scale: [
+            base + scale * (up.float().flatten(1) @ down.float().flatten(1)).reshape(base.shape)
+        ],
+        rows=1,
+        by_rows=2,
+    )
 )

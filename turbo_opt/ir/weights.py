@@ -1,8 +1,8 @@
 """Weights as data: names mapped to tensors that are computed only when asked for.
 
-A weight is an expression: a tensor in a safetensors file, and the transforms that passes have
-recorded on it. Shape, dtype and digest are known at once; bytes are read one tensor at a time,
-when the weight is saved or checked, so a 28 GB model is rewritten in a few GB of memory.
+A weight is an expression: tensors in files, and the transforms that passes have recorded on them.
+Shape, dtype and digest are known at once; bytes are read one tensor at a time, when the weight is
+saved or checked, so a 28 GB model is rewritten in a few GB of memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbo_opt.ir.files import SafetensorsFile, new_pages
+from turbo_opt.ir.disk import new_pages, pages_for
+from turbo_opt.ir.tensor_files import open_tensor_file
 
 Attrs = Mapping[str, Any]
 """Arguments of a transform: JSON values only, so that an expression can be written down."""
@@ -32,9 +33,11 @@ class Transform:
     gives the tensors. Both take the transform's attributes as keywords.
 
     Attributes:
-        rows: `compute` may be given any whole number of groups of so many leading rows of its one
-            input (the last group may be ragged), and gives those rows' part of every output. None:
+        rows: `compute` may be given any whole number of groups of so many leading rows of its
+            inputs (the last group may be ragged), and gives those rows' part of every output. None:
             it needs all rows.
+        by_rows: how many of the inputs, from the first, have those rows; the others are given
+            whole. None: all of them.
         concatenates: the output is the inputs, one below the other.
     """
 
@@ -42,6 +45,7 @@ class Transform:
     infer: Callable[..., Sequence[tuple[tuple[int, ...], torch.dtype]]]
     compute: Callable[..., Sequence[Tensor]]
     rows: int | None = None
+    by_rows: int | None = None
     concatenates: bool = False
 
 
@@ -84,7 +88,7 @@ class LazyTensor:
         hasher = hashlib.sha256()
         attrs = dict(self.attrs)
         if self.op == "file":
-            attrs = {"file": SafetensorsFile.open(attrs["path"]).identity, "key": attrs["key"]}
+            attrs = {"file": open_tensor_file(attrs["path"]).identity, "key": attrs["key"]}
         hasher.update(json.dumps([self.op, attrs, self.output, str(self.dtype)]).encode())
         hasher.update(json.dumps(self.shape).encode())
         for parent in self.inputs:
@@ -120,28 +124,27 @@ class LazyTensor:
         inputs = (parent.evaluate(leaf)[parent.output] for parent in self.inputs)
         return _TRANSFORMS[self.op].compute(*inputs, **self.attrs)
 
-    @property
-    def comes_in_bands(self) -> bool:
-        """Whether `bands` gives more pieces the larger the tensor is."""
-        return all(part._rows_together is not None for part in self._parts())
-
-    def bands(self, most_bytes: int) -> Iterator[Sequence[Tensor]]:
+    def bands(self, most_bytes: int) -> Sequence[Band]:
         """`load_all` in pieces: all outputs of one band of rows, then of the next.
 
         A band is about `most_bytes` of the file, so that a weight of any size passes through the
-        processor's cache; it is valid until the next one is asked for. Where a transform needs all
-        rows, and for constants, there is one piece.
+        processor's cache. Where a transform needs all rows, and for constants, there is one piece.
         """
+        bands: list[Band] = []
         for part in self._parts():
-            if part._rows_together is None:
-                yield part.load_all()
+            together = part._rows_together
+            if together is None:
+                bands.append(Band(part, None))
             else:
-                yield from part._bands(most_bytes, part._rows_together)
+                bands.extend(part._bands(most_bytes, together))
+        return bands
 
     def _parts(self) -> Sequence[LazyTensor]:
         """Expressions whose outputs, one below the other, are those of this one."""
         transform = _TRANSFORMS.get(self.op)
         if transform is None or (transform.rows is None and not transform.concatenates):
+            return (self,)
+        if not transform.concatenates and len(self.inputs) > 1:
             return (self,)
         parts = [part for parent in self.inputs for part in parent._parts()]
         if transform.concatenates:
@@ -152,40 +155,98 @@ class LazyTensor:
 
     @property
     def _rows_together(self) -> int | None:
-        """Rows of its one file that a band must hold a multiple of; None: there are no bands."""
+        """Rows of its files that a band must hold a multiple of; None: there are no bands."""
         if self.op == "file":
             return 1 if self.shape else None
         transform = _TRANSFORMS.get(self.op)
         if transform is None or transform.rows is None:
             return None
-        return transform.rows if self.inputs[0]._rows_together == 1 else None
+        cut = self.inputs[: transform.by_rows]
+        if any(item._rows_together != 1 or item.shape[0] != cut[0].shape[0] for item in cut):
+            return None
+        return transform.rows
 
-    def _bands(self, most_bytes: int, together: int) -> Iterator[Sequence[Tensor]]:
-        (source,) = self.sources()
-        rows = source.shape[0]
-        groups = most_bytes * rows // max(source.nbytes, 1) // together
+    def _bands(self, most_bytes: int, together: int) -> Iterator[Band]:
+        cut = list(self._leaves(in_bands=True))
+        rows = cut[0].shape[0]
+        largest = max(source.nbytes for source in cut)
+        groups = most_bytes * rows // max(largest, 1) // together
         step = max(groups, 1) * together
-        file, key = SafetensorsFile.open(source.attrs["path"]), source.attrs["key"]
-        pages = new_pages(-(-source.nbytes * min(step, rows) // max(rows, 1)))
+        whole: dict[int, Tensor] = {}
         for start in range(0, rows, step):
-            band = file.read_rows(key, start, min(start + step, rows), pages)
-            yield self.evaluate(lambda _, band=band: band)  # type: ignore[misc]
+            yield Band(self, (start, min(start + step, rows)), whole)
+
+    def _leaves(self, in_bands: bool = False) -> Iterator[LazyTensor]:
+        """Files and constants; `in_bands`: only those of which a band holds some rows."""
+        if not self.inputs:
+            yield self
+            return
+        count = _TRANSFORMS[self.op].by_rows if in_bands else None
+        for parent in self.inputs[:count]:
+            yield from parent._leaves(in_bands)
 
     def sources(self) -> Iterator[LazyTensor]:
         """The `file` leaves of this expression."""
-        if self.op == "file":
-            yield self
-        for parent in self.inputs:
-            yield from parent.sources()
+        return (leaf for leaf in self._leaves() if leaf.op == "file")
+
+
+@dataclass(frozen=True)
+class Band:
+    """Some rows of all outputs of one expression, computed when asked for.
+
+    Attributes:
+        rows: the first of its rows and the one after its last; None: all of them, because they
+            cannot be had apart.
+    """
+
+    expression: LazyTensor
+    rows: tuple[int, int] | None
+    _whole: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    """What every band of the expression needs all of, kept while there are bands."""
+
+    def load(self, memory: MutableMapping[int, Tensor]) -> Sequence[Tensor]:
+        """These rows of every output; they may lie in `memory`.
+
+        Args:
+            memory: what files are read into: it grows as needed, and is for one band at a time.
+        """
+        if self.rows is None:
+            return self.expression.load_all()
+        start, stop = self.rows
+        slots = {
+            id(source): slot for slot, source in enumerate(self.expression._leaves(in_bands=True))
+        }
+
+        def value(leaf: LazyTensor) -> Tensor:
+            if id(leaf) not in slots:
+                if id(leaf) not in self._whole:
+                    self._whole[id(leaf)] = _read_leaf(leaf)
+                return self._whole[id(leaf)]
+            pages = _pages(memory, slots[id(leaf)], leaf.nbytes * (stop - start) // leaf.shape[0])
+            file = open_tensor_file(leaf.attrs["path"])
+            return file.read_rows(leaf.attrs["key"], start, stop, pages)
+
+        return self.expression.evaluate(value)
+
+
+def _pages(memory: MutableMapping[int, Tensor], slot: int, count: int) -> Tensor:
+    """Pages for `count` bytes, those of this slot where they are enough."""
+    kept = memory.get(slot)
+    if kept is None or len(kept) < pages_for(count):
+        # Not both at once.
+        memory.pop(slot, None)
+        del kept
+        memory[slot] = new_pages(count)
+    return memory[slot]
 
 
 def from_file(path: str, key: str) -> LazyTensor:
-    """The tensor `key` of the safetensors file at `path`; only the header is read.
+    """The tensor `key` of the safetensors or PyTorch file at `path`; only the header is read.
 
     Raises:
         BadInput: the file is missing, truncated or does not hold `key`.
     """
-    file = SafetensorsFile.open(path)
+    file = open_tensor_file(path)
     shape, dtype = file.describe(key)
     return LazyTensor(shape, dtype, "file", {"path": path, "key": key})
 
@@ -265,7 +326,7 @@ class WeightStore(MutableMapping[str, LazyTensor]):
         for index, names in enumerate(ordered):
             if index + 1 < len(ordered):
                 for source in self._tensors[ordered[index + 1][0]].sources():
-                    SafetensorsFile.open(source.attrs["path"]).prefetch(source.attrs["key"])
+                    open_tensor_file(source.attrs["path"]).prefetch(source.attrs["key"])
             outputs = self._tensors[names[0]].load_all()
             for name in names:
                 yield name, outputs[self._tensors[name].output]
@@ -316,7 +377,7 @@ def dtype_from_name(name: str) -> torch.dtype:
 
 def _read_leaf(tensor: LazyTensor) -> Tensor:
     if tensor.op == "file":
-        return SafetensorsFile.open(tensor.attrs["path"]).read(tensor.attrs["key"])
+        return open_tensor_file(tensor.attrs["path"]).read(tensor.attrs["key"])
     assert tensor.value is not None
     return tensor.value
 

@@ -31,12 +31,13 @@ def initial_latents(
     generator: torch.Generator,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The first x, (B, C, F, H, W) float32: unit noise times the schedule's scale.
+    """The first x, (B, C, F, H, W) in the schedule's dtype: unit noise times its scale.
 
-    Drawn where the generator lives and then moved, so that a CPU generator gives the same clip on
-    every device; the draw is that of diffusers' `prepare_latents`.
+    Drawn in float32 where the generator lives and then moved, so that a CPU generator gives the
+    same clip on every device; the draw is that of diffusers' `prepare_latents`.
     """
-    noise = torch.randn(shape, generator=generator, device=generator.device).to(device)
+    noise = torch.randn(shape, generator=generator, device=generator.device)
+    noise = noise.to(device, schedule.dtype)
     return noise * schedule.initial_noise_scale if schedule.initial_noise_scale != 1 else noise
 
 
@@ -58,7 +59,7 @@ def sample(
         transformers: denoiser name → network with diffusers' call.
         prompt_embeds, negative_prompt_embeds: text embeddings (B, L_text, C_text); the negative
             ones are needed where a step is guided.
-        latents: the first x, (B, C, F, H, W) float32; see `initial_latents`.
+        latents: the first x, (B, C, F, H, W); see `initial_latents`.
         generator: source of the noise that `rcm-sde` adds.
         conditions: further inputs of the network, given at every step.
 

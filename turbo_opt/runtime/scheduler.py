@@ -1,7 +1,14 @@
-"""Schedules of ours as diffusers schedulers, so that they work in any diffusers pipeline."""
+"""Schedules of ours as diffusers schedulers, so that they work in any diffusers pipeline.
+
+Between steps they keep x in the dtype of the update rule: given back unchanged, as pipelines do,
+the sample of a step goes on from there instead of from its rounding to the pipeline's float32 (not
+in torch's inference mode, where nobody knows whether it is unchanged).
+Pipelines of Wan draw unit noise and leave it so: pass `latents=noise * scheduler.init_noise_sigma`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +17,14 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from turbo_opt.ir.rcm import (
+    MOST_STEPS,
+    SIGMA_MAX,
+    TRAIN_TIMESTEPS,
+    RcmRule,
+    rcm_steps,
+    rcm_times,
+)
 from turbo_opt.ir.schedule import Schedule, Step
 from turbo_opt.runtime.sampler import advance
 
@@ -25,32 +40,33 @@ def scheduler_for(schedule: Schedule) -> Any:
         scheduler = make_scheduler(schedule.scheduler)
         scheduler.set_timesteps(schedule.scheduler["num_inference_steps"])
         return scheduler
-    train_steps = schedule.scheduler.get("config", {}).get("num_train_timesteps", 1000)
-    return FixedStepScheduler([vars(step) for step in schedule.steps], train_steps)
+    train_steps = schedule.scheduler.get("config", {}).get("num_train_timesteps", TRAIN_TIMESTEPS)
+    steps = [vars(step) for step in schedule.steps]
+    return FixedStepScheduler(steps, train_steps, schedule.initial_noise_scale)
 
 
-class FixedStepScheduler(SchedulerMixin, ConfigMixin):
-    """Takes the steps it was made with, whatever number a pipeline asks for.
+class _StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+    """Takes given steps one after the other.
 
-    Pipelines of Wan draw unit noise; pass `latents=initial_latents(...)` where the schedule's
-    `initial_noise_scale` is not 1. x is kept in the pipeline's float32 between steps.
+    Attributes:
+        init_noise_sigma: standard deviation of the first x.
+        timesteps: what the network is given at each step, float32.
+        sigmas: the times of the steps and the last next time, float64.
+        generator: source of the noise that steps add where `step` is given none.
     """
 
     order = 1
+    generator: torch.Generator | None = None
 
-    @register_to_config
-    def __init__(self, steps: list[dict[str, Any]], num_train_timesteps: int = 1000) -> None:
-        self.init_noise_sigma = 1.0
-        self.set_timesteps(len(steps))
-
-    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        """Go back to the first step, with the timesteps on `device`."""
-        self._steps = [Step(**step) for step in self.config["steps"]]
-        self.timesteps = torch.tensor([step.timestep for step in self._steps], device=device)
-        times = [step.time for step in self._steps] + [self._steps[-1].next_time]
-        self.sigmas = torch.tensor(times, dtype=torch.float64)
-        self.num_inference_steps = len(self._steps)
+    def _start(self, steps: Sequence[Step], device: Any) -> None:
+        times = [step.time for step in steps] + [steps[-1].next_time]
+        self._steps = steps
         self._index = 0
+        self._given: tuple[Tensor, int | None] | None = None
+        self._exact: Tensor | None = None
+        self.num_inference_steps = len(steps)
+        self.timesteps = torch.tensor([step.timestep for step in steps], device=device)
+        self.sigmas = torch.tensor(times, dtype=torch.float64)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Continue from a later step."""
@@ -68,8 +84,95 @@ class FixedStepScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """x after the next step; `timestep` is that of the step and is not looked at."""
+        """x after the next step, in the dtype of `sample`.
+
+        Args:
+            model_output: the network's velocity.
+            timestep: that of the step; it is not looked at.
+            sample: x before the step.
+            generator: source of the noise that the SDE rule adds; by default the scheduler's own
+                `generator`, else torch's.
+        """
         step = self._steps[self._index]
         self._index += 1
-        moved = advance(step, model_output, sample, generator).to(sample.dtype)
+        exact = advance(step, model_output, self._unrounded(sample), generator or self.generator)
+        moved = exact.to(sample.dtype)
+        self._given, self._exact = (moved, _version(moved)), exact
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
+
+    def _unrounded(self, sample: Tensor) -> Tensor:
+        if self._given is None or self._exact is None:
+            return sample
+        given, version = self._given
+        unchanged = sample is given and version is not None and _version(sample) == version
+        return self._exact if unchanged else sample
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+class FixedStepScheduler(_StepScheduler):
+    """Takes the steps it was made with, whatever number a pipeline asks for."""
+
+    @register_to_config
+    def __init__(
+        self,
+        steps: list[dict[str, Any]],
+        num_train_timesteps: int = TRAIN_TIMESTEPS,
+        initial_noise_scale: float = 1.0,
+    ) -> None:
+        self.init_noise_sigma = initial_noise_scale
+        self.set_timesteps(len(steps))
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """Go back to the first step, with the timesteps on `device`."""
+        self._start([Step(**step) for step in self.config["steps"]], device)
+
+
+class RCMScheduler(_StepScheduler):
+    """The 1 to 4 unguided steps of a student that rCM has distilled; see `ir.rcm`.
+
+    pipe.scheduler = RCMScheduler.from_config(pipe.scheduler.config, sigma_max=80.0)
+    pipe(prompt, num_inference_steps=4, guidance_scale=1.0,
+         latents=torch.randn(shape) * pipe.scheduler.init_noise_sigma)
+
+    Args:
+        sigma_max: noise level of the first step: 80 for text to video, also where it is None, as in
+            configs of other schedulers; 200 for image to video.
+        rule: `sde` adds fresh noise after each step but the last, `ode` follows the velocity.
+
+    Raises:
+        BadInput: no such rule, or σ_max is not above 14.1, where the second step starts.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = TRAIN_TIMESTEPS,
+        sigma_max: float | None = SIGMA_MAX,
+        rule: RcmRule = "sde",
+    ) -> None:
+        self.set_timesteps(MOST_STEPS)
+        self.init_noise_sigma = float(self.sigmas[0])
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """Go back to the first of `num_inference_steps` steps, with the timesteps on `device`.
+
+        Raises:
+            BadInput: it is not 1 to 4.
+        """
+        sigma_max = self.config["sigma_max"]
+        times = rcm_times(num_inference_steps, SIGMA_MAX if sigma_max is None else sigma_max)
+        steps = rcm_steps(times, self.config["rule"], self.config["num_train_timesteps"])
+        self._start(steps, device)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """(1 − t)·sample + t·noise at t = timestep / num_train_timesteps, of shape (B,)."""
+        time = timestep.to(sample) / self.config["num_train_timesteps"]
+        time = time.reshape(-1, *(1,) * (sample.ndim - 1))
+        return (1 - time) * sample + time * noise
+
+    def __len__(self) -> int:
+        return int(self.config["num_train_timesteps"])

@@ -1,0 +1,1 @@
+"""Weights from elsewhere: names, places, layouts, LoRA."""

@@ -1,0 +1,100 @@
+"""Names there and back, for every parameter of every variant, and as diffusers converts them."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers.variants import VARIANTS
+from turbo_opt.checkpoints.names import (
+    diffusers_name,
+    is_kept_aside,
+    original_name,
+    without_prefix,
+)
+
+UNKNOWN_TO_DIFFUSERS = "condition_embedder.image_embedder.pos_embed"
+
+
+def parameters(variant):
+    with init_empty_weights():
+        model = getattr(diffusers, variant.model_class).from_config(variant.config)
+    return [name for name, _ in model.named_parameters()]
+
+
+EVERY = sorted({name for variant in VARIANTS.values() for name in parameters(variant)})
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_parameter_of_every_variant_goes_there_and_back(name):
+    names = parameters(VARIANTS[name])
+    originals = [original_name(parameter) for parameter in names]
+    assert None not in originals
+    assert len(set(originals)) == len(names)
+    assert [diffusers_name(original) for original in originals] == names
+    assert [diffusers_name(parameter) for parameter in names] == names
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_names_are_those_that_diffusers_converts(name):
+    names = [item for item in parameters(VARIANTS[name]) if item != UNKNOWN_TO_DIFFUSERS]
+    checkpoint = {original_name(item): torch.empty(2, device="meta") for item in names}
+    converted = convert_wan_transformer_to_diffusers(checkpoint)
+    assert set(converted) == set(names)
+
+
+@pytest.mark.parametrize(
+    ("original", "expected"),
+    [
+        ("patch_embedding.weight", "patch_embedding.weight"),
+        ("blocks.39.self_attn.o.bias", "blocks.39.attn1.to_out.0.bias"),
+        ("blocks.0.norm3.weight", "blocks.0.norm2.weight"),
+        ("blocks.0.modulation", "blocks.0.scale_shift_table"),
+        ("head.modulation", "scale_shift_table"),
+        ("vace_blocks.1.after_proj.weight", "vace_blocks.1.proj_out.weight"),
+        ("img_emb.emb_pos", UNKNOWN_TO_DIFFUSERS),
+        (
+            "blocks.0.self_attn.attn_op.local_attn.proj_l.weight",
+            "blocks.0.attn1.proj_l.weight",
+        ),
+    ],
+)
+def test_names_of_the_original(original, expected):
+    assert diffusers_name(original) == expected
+    assert original_name(expected) == original
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["blocks.0.norm2.weight", "blocks.0.self_attn.z.weight", "blocks.x.norm3.weight", "", "."],
+)
+def test_other_names_stay_as_they_are(name):
+    assert diffusers_name(name) == name
+
+
+@given(st.lists(st.sampled_from(["net.", "model.diffusion_model.", "transformer."]), max_size=3),
+       st.sampled_from(EVERY))  # fmt: skip
+def test_prefixes_come_off_in_any_number(prefixes, name):
+    assert without_prefix("".join(prefixes) + name) == name
+    assert without_prefix("".join(prefixes) + original_name(name)) == original_name(name)
+
+
+def test_a_name_of_nothing_but_prefixes_ends():
+    assert without_prefix("net." * 100_000) == ""
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_name(text):
+    assert isinstance(diffusers_name(without_prefix(text)), str)
+    assert original_name(text) is None or diffusers_name(original_name(text)) == text
+
+
+def test_projections_of_sparse_linear_attention_are_kept_aside():
+    assert is_kept_aside("blocks.0.attn1.proj_l.weight")
+    assert not is_kept_aside("blocks.0.attn1.to_q.weight")
+    assert not is_kept_aside("proj_l.weights")

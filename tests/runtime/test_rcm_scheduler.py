@@ -1,0 +1,159 @@
+"""RCMScheduler in diffusers' pipeline is the built-in loop, and keeps diffusers' conventions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from torch import Tensor
+
+import turbo_opt
+from tests.helpers.tiny_folder import reference_pipeline, shared_folder
+from turbo_opt.capture.folder import open_pipeline
+from turbo_opt.capture.sampling import pipeline_schedule
+from turbo_opt.errors import BadInput
+from turbo_opt.ir.rcm import rcm_schedule, rcm_times
+from turbo_opt.ir.schedule import Schedule
+from turbo_opt.runtime.sampler import sample
+from turbo_opt.runtime.scheduler import FixedStepScheduler, RCMScheduler, scheduler_for
+
+SHAPE = (1, 16, 2, 8, 12)
+
+
+def _pipeline(experts: int = 1, **settings: Any) -> Any:
+    pipeline = reference_pipeline(shared_folder(experts))
+    pipeline.scheduler = RCMScheduler.from_config(pipeline.scheduler.config, **settings)
+    return pipeline
+
+
+def _run(pipeline: Any, embeds: Tensor, latents: Tensor, steps: int) -> Tensor:
+    frames: Tensor = pipeline(
+        prompt_embeds=embeds, latents=latents, height=32, width=48, num_frames=5,
+        num_inference_steps=steps, guidance_scale=1.0, output_type="latent",
+    ).frames  # fmt: skip
+    return frames
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("rule", ["sde", "ode"])
+def test_the_pipeline_with_it_equals_the_built_in_loop_bit_for_bit(rule: Any, experts: int) -> None:
+    pipeline = _pipeline(experts, rule=rule, sigma_max=120.0)
+    embeds, _ = pipeline.encode_prompt("a red circle", max_sequence_length=64)
+    schedule = rcm_schedule(4, 120.0, rule, boundary=0.7 if experts == 2 else None)
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(4))
+    latents = noise * pipeline.scheduler.init_noise_sigma
+    networks = {"transformer": pipeline.transformer, "transformer_2": pipeline.transformer_2}
+    for _ in range(2):
+        pipeline.scheduler.generator = torch.Generator().manual_seed(5)
+        found = _run(pipeline, embeds, latents, 4)
+        expected = sample(
+            networks, schedule, embeds, latents=latents,
+            generator=torch.Generator().manual_seed(5),
+        )  # fmt: skip
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+    assert len({step.denoiser for step in schedule.steps}) == experts
+
+
+def test_a_schedule_of_ours_follows_its_steps_through_the_pipeline_too() -> None:
+    pipeline = _pipeline()
+    embeds, _ = pipeline.encode_prompt("a red circle", max_sequence_length=64)
+    schedule = rcm_schedule(3, 80.0, "sde")
+    pipeline.scheduler = scheduler_for(schedule)
+    assert isinstance(pipeline.scheduler, FixedStepScheduler)
+    assert pipeline.scheduler.init_noise_sigma == schedule.initial_noise_scale
+    latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(4))
+    pipeline.scheduler.generator = torch.Generator().manual_seed(5)
+    found = _run(pipeline, embeds, latents, 3)
+    expected = sample(
+        {"transformer": pipeline.transformer}, schedule, embeds, latents=latents,
+        generator=torch.Generator().manual_seed(5),
+    )  # fmt: skip
+    assert torch.equal(found, expected)
+
+
+def test_timesteps_and_noise_level_follow_the_number_of_steps() -> None:
+    scheduler = RCMScheduler(sigma_max=200.0)
+    assert scheduler.init_noise_sigma == pytest.approx(200 / 201)
+    for steps in (1, 2, 3, 4):
+        scheduler.set_timesteps(steps, device="cpu")
+        times = rcm_times(steps, 200.0)
+        assert scheduler.timesteps.dtype == torch.float32
+        assert scheduler.timesteps.tolist() == pytest.approx([1000 * t for t in times[:-1]])
+        assert scheduler.sigmas.tolist() == list(times)
+    with pytest.raises(BadInput, match="takes 1 to 4 steps, not 50"):
+        scheduler.set_timesteps(50)
+
+
+def test_a_changed_sample_is_taken_as_it_is() -> None:
+    def clip(change: Any) -> Tensor:
+        scheduler = RCMScheduler(rule="ode")
+        scheduler.set_timesteps(2)
+        x, v = torch.full((1, 1), 1 / 3), torch.full((1, 1), 0.1)
+        x = change(scheduler.step(v, scheduler.timesteps[0], x).prev_sample)
+        return scheduler.step(v, scheduler.timesteps[1], x).prev_sample
+
+    zeroed, replaced = clip(lambda x: x.zero_()), clip(lambda x: torch.zeros_like(x))
+    assert torch.equal(zeroed, replaced)
+    assert not torch.equal(zeroed, clip(lambda x: x))
+
+
+def test_it_runs_in_inference_mode_too() -> None:
+    pipeline = _pipeline(rule="ode")
+    embeds, _ = pipeline.encode_prompt("a red circle", max_sequence_length=64)
+    latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(4))
+    expected = _run(pipeline, embeds, latents, 2)
+    with torch.inference_mode():
+        found = _run(pipeline, embeds, latents, 2)
+    torch.testing.assert_close(found, expected)
+
+
+def test_steps_return_as_diffusers_schedulers_do() -> None:
+    scheduler = RCMScheduler()
+    scheduler.set_timesteps(4)
+    x = torch.randn(1, 2, dtype=torch.bfloat16)
+    assert scheduler.scale_model_input(x, scheduler.timesteps[0]) is x
+    (first,) = scheduler.step(
+        x, scheduler.timesteps[0], x, generator=torch.Generator(), return_dict=False
+    )
+    assert first.dtype == torch.bfloat16
+    assert scheduler.step(x, scheduler.timesteps[1], first).prev_sample.shape == x.shape
+    clean, noise = torch.ones(1, 2), torch.zeros(1, 2)
+    assert torch.equal(scheduler.scale_noise(clean, torch.tensor([250.0]), noise), clean * 0.75)
+
+
+def test_it_is_saved_and_loaded_within_a_pipeline(tmp_path: Path) -> None:
+    _pipeline(sigma_max=120.0, rule="ode").save_pretrained(tmp_path)
+    loaded = WanPipeline.from_pretrained(tmp_path)
+    assert isinstance(loaded.scheduler, RCMScheduler)
+    assert (loaded.scheduler.config.sigma_max, loaded.scheduler.config.rule) == (120.0, "ode")
+    alone = RCMScheduler.from_pretrained(tmp_path / "scheduler")
+    assert alone.sigmas.tolist() == loaded.scheduler.sigmas.tolist()
+
+    def captured(steps: int) -> Schedule:
+        folder = open_pipeline(str(tmp_path))
+        return pipeline_schedule(
+            folder.path, folder.components, num_inference_steps=steps, guidance_scale=5.0
+        )
+
+    assert captured(4) == rcm_schedule(4, 120.0, "ode")
+    with pytest.raises(BadInput, match="takes 1 to 4 steps, not 50"):
+        captured(50)
+
+
+def test_the_package_has_it_without_importing_diffusers_before_it_is_asked_for() -> None:
+    assert turbo_opt.RCMScheduler is RCMScheduler
+    code = "import sys, turbo_opt; sys.exit('diffusers' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_unknown_rule_or_noise_level_is_refused() -> None:
+    with pytest.raises(BadInput, match="rule must be 'sde' or 'ode'"):
+        RCMScheduler(rule="euler")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="sigma_max is 5"):
+        RCMScheduler(sigma_max=5)

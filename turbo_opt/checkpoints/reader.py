@@ -1,0 +1,114 @@
+"""The weights of one network from any layout, lazily, under diffusers' names.
+
+Layouts: diffusers' own; the original Wan's, as in its repository, in ComfyUI's single files, and in
+TurboDiffusion's and rCM's `.pth`, where the patch embedding is a linear layer; training dumps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from turbo_opt.checkpoints.names import diffusers_name, without_prefix
+from turbo_opt.checkpoints.places import adapter_config, files_in, student_notes
+from turbo_opt.errors import BadInput
+from turbo_opt.ir.tensor_files import open_tensor_file
+from turbo_opt.ir.transforms import reshaped
+from turbo_opt.ir.weights import LazyTensor, from_file
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PATCH_EMBEDDINGS = ("patch_embedding.weight", "vace_patch_embedding.weight")
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class NetworkWeights:
+    """What a source holds for one network.
+
+    Attributes:
+        place: the file or folder.
+        tensors: a lazy tensor for every weight, under diffusers' names where it has one.
+        metadata: what the files say of themselves, text by name.
+    """
+
+    place: Path
+    tensors: Mapping[str, LazyTensor]
+    metadata: Mapping[str, str]
+
+
+def read_network(place: Path) -> NetworkWeights:
+    """The weights in a file or folder; names and shapes are read, no numbers.
+
+    Raises:
+        BadInput: the files are damaged, hold two names of one weight, or hold quantized weights.
+    """
+    tensors: dict[str, LazyTensor] = {}
+    metadata: dict[str, str] = {}
+    written_as: dict[str, str] = {}
+    for key, tensor in stored_tensors(place, metadata):
+        if tensor.dtype not in _FLOATS:
+            raise BadInput(
+                f"{place}: {key!r} is {_name(tensor.dtype)}, so the weights are quantized; they "
+                "are needed in 16 or 32 bits"
+            )
+        name = diffusers_name(without_prefix(key))
+        if name in tensors:
+            raise BadInput(
+                f"{place}: {written_as[name]!r} and {key!r} are both the weight {name!r}"
+            )
+        tensors[name], written_as[name] = tensor, key
+    return NetworkWeights(place, tensors, metadata)
+
+
+def stored_tensors(place: Path, metadata: dict[str, str]) -> Iterator[tuple[str, LazyTensor]]:
+    """Every tensor in a file or folder, lazily, by the name that it is stored under.
+
+    Args:
+        metadata: is given what the files say of themselves.
+    """
+    for path, keys in files_in(place):
+        file = open_tensor_file(str(path))
+        metadata.update(file.metadata)
+        for key in keys if keys is not None else file.keys():
+            yield key, from_file(str(path), key)
+
+
+def identities(places: Iterable[Path]) -> list[str]:
+    """Digests that stand for all weight files in `places`, and for what is said beside them."""
+    found = []
+    for place in places:
+        found += [open_tensor_file(str(path)).identity for path, _ in files_in(place)]
+        notes = (*student_notes(place), adapter_config(place))
+        found += [hashlib.sha256(path.read_bytes()).hexdigest() for path in notes if path]
+    return found
+
+
+def fitted(name: str, tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor | None:
+    """`tensor` in the shape that the graph reads weight `name` in; None where it cannot be.
+
+    A patch embedding that is stored as a linear layer (dim, channels·patch) is that of the
+    convolution (dim, channels, frames, rows, columns), flattened.
+    """
+    if tensor.shape == shape:
+        return tensor
+    if name in _PATCH_EMBEDDINGS and len(tensor.shape) == 2:
+        try:
+            return reshaped(tensor, shape)
+        except ValueError:
+            return None
+    return None
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first names of many, and how many more."""
+    names = sorted(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
