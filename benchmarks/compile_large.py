@@ -2,11 +2,15 @@
 
     python -m benchmarks.compile_large capture               # 1.3B and 14B graphs, no weights
     python -m benchmarks.compile_large optimize --work DIR   # a synthetic 28 GB checkpoint
+    python -m benchmarks.compile_large checkpoint --work DIR --model 1.3b [--layers 2]
 
 `optimize` writes a 14B checkpoint of random bf16 weights shard by shard, drops it from the page
 cache, and runs `turbo-opt run wan2.1-t2v-14b/h200` on it, once with every match verified and once
-without. The ceiling is the time the same disk takes to read the checkpoint and to write as many
-bytes as the artifact has, measured in the same run.
+without: whole time with its stages, rate of the stage that streams the weights, peak memory. The
+ceiling is what the same disk takes to read the checkpoint and to write as many bytes as the
+artifact has, past the cache, right before and right after each run. `checkpoint` writes such a
+folder and no more, with what sparse-linear attention needs; a few layers are enough for
+`turbo-opt bench kernels`.
 """
 
 from __future__ import annotations
@@ -23,18 +27,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import results
+from benchmarks.disk import disk_seconds
 from benchmarks.forward import CASES
 from benchmarks.results import Ceiling, Record
 from turbo_opt.capture.export import export_denoiser
+from turbo_opt.ir.disk import SequentialFile
 
 _SHARD_BYTES = 5 * 10**9
 _BLOCK = 16 * 2**20
+_ARTIFACT_PERCENT = 51
+"""Of a 16-bit checkpoint, what an artifact of 8-bit weights takes, roughly."""
 _CAPTURE = """
 import json, resource, sys, time
 import torch
@@ -95,41 +104,57 @@ def optimize_records(work: Path, layers: int | None) -> list[Record]:
     size = write_checkpoint(folder, config)
     records = []
     for mode in ("off", "all"):
-        _drop_from_cache(folder)
-        out = work / f"artifact-{mode}"
-        command = [
-            sys.executable, "-m", "turbo_opt", "--quiet", "run", "wan2.1-t2v-14b/h200",
-            "--set", f"model.source={folder}", "--out", str(out), "--no-cache", "--verify", mode,
-        ]  # fmt: skip
-        started = time.perf_counter()
-        peak = _peak_of(command)
-        seconds = time.perf_counter() - started
-        written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        disk = _disk_seconds(folder, work / "probe", written)
-        report = json.loads((out / "manifest.json").read_text())["history"]
-        passes = {item["name"]: round(item["seconds"], 1) for item in report}
-        ceiling = Ceiling(
-            disk, "s", f"reading {size / 1e9:.1f} GB and writing {written / 1e9:.1f} GB"
-        )
-        facts = {
-            "verify": mode, "checkpoint_gb": size / 1e9, "artifact_gb": written / 1e9,
-            "peak_host_gib": peak / 2**30, "pass_seconds": passes, "layers": config["num_layers"],
-        }  # fmt: skip
-        name = f"cpu/wan2.1-t2v-14b-720p/optimize-verify-{mode}"
-        records.append(_record(f"{name}_s", seconds, "s", 0.0, 1, facts, ceiling, disk / seconds))
-        records.append(_record(f"{name}_peak_gib", peak / 2**30, "GiB", 0.0, 1, facts))
-        print(
-            f"{mode}: {seconds:.0f} s, disk {disk:.0f} s, peak {peak / 2**30:.2f} GiB",
-            passes,
-            flush=True,
-        )
-        shutil.rmtree(out)
+        records += _optimize(folder, work / f"artifact-{mode}", mode, size)
+        print(results.tabulate(records[-3:]), records[-1].config, flush=True)
     shutil.rmtree(work)
     return records
 
 
+def _optimize(folder: Path, out: Path, mode: str, size: int) -> list[Record]:
+    """One run, with the disk's own time for the same bytes right before and right after it."""
+    sources = sorted(folder.rglob("*.safetensors"))
+    command = [
+        sys.executable, "-m", "turbo_opt", "run", "--json", "wan2.1-t2v-14b/h200",
+        "--set", f"model.source={folder}", "--out", str(out), "--no-cache", "--verify", mode,
+    ]  # fmt: skip
+    before = disk_seconds(sources, _ARTIFACT_PERCENT * size // 100, out.with_name("probe"))
+    _drop_from_cache(folder)
+    started = time.perf_counter()
+    output, peak = _run_for_peak(command)
+    seconds = time.perf_counter() - started
+    report = json.loads(output)
+    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    after = disk_seconds(sources, written, out.with_name("probe"))
+    shutil.rmtree(out)
+    stages = report["totals"]["stage_seconds"]
+    stages = {"start": seconds - sum(stages.values()), **stages}
+    streaming = stages["weights"]
+    disk = (before + after) / 2
+    moved = (size + written) / 1e9
+    what = f"direct input and output of the same {size / 1e9:.1f} and {written / 1e9:.1f} GB"
+    facts = {
+        "verify": mode, "checkpoint_gb": size / 1e9, "artifact_gb": written / 1e9,
+        "peak_host_gib": peak / 2**30,
+        "stage_seconds": {name: round(value, 2) for name, value in stages.items()},
+        "pass_seconds": {row["name"]: round(row["seconds"], 2) for row in report["passes"]},
+        "disk_seconds_before_and_after": [round(before, 2), round(after, 2)],
+        "streaming_read_gb_per_s": size / 1e9 / streaming,
+        "streaming_write_gb_per_s": written / 1e9 / streaming,
+    }  # fmt: skip
+    name = f"cpu/wan2.1-t2v-14b-720p/optimize-verify-{mode}"
+    whole, rate = Ceiling(disk, "s", what), Ceiling(moved / disk, "GB/s", what)
+    return [
+        _record(f"{name}_s", seconds, "s", 0.0, 1, facts, whole, disk / seconds),
+        _record(
+            f"{name}_streaming_gb_per_s", moved / streaming, "GB/s", 0.0, 1, facts, rate,
+            disk / streaming,
+        ),
+        _record(f"{name}_peak_gib", peak / 2**30, "GiB", 0.0, 1, facts),
+    ]  # fmt: skip
+
+
 def write_checkpoint(folder: Path, config: dict[str, Any]) -> int:
-    """A diffusers folder with random bf16 transformer weights; bytes of the weights."""
+    """A diffusers folder of random bf16 weights, with those of SLA; bytes of the weights."""
     _write_json(
         folder / "model_index.json",
         {
@@ -148,6 +173,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any]) -> int:
             "num_train_timesteps": 1000,
         },
     )
+    _write_json(folder / "vae" / "config.json", {"_class_name": "AutoencoderKLWan"})
     _write_json(
         folder / "transformer" / "config.json", {"_class_name": "WanTransformer3DModel", **config}
     )
@@ -157,6 +183,9 @@ def write_checkpoint(folder: Path, config: dict[str, Any]) -> int:
         for name, meta in graph.exported.state_dict.items()
         if name not in graph.tables
     }
+    for layer in range(config["num_layers"]):
+        stem = f"blocks.{layer}.attn1.proj_l"
+        shapes |= {f"{stem}.weight": (128, 128), f"{stem}.bias": (128,)}
     generator = torch.Generator().manual_seed(0)
     noise = (torch.randn(_BLOCK, generator=generator) * 0.02).bfloat16()
     weight_map, total = {}, 0
@@ -192,37 +221,17 @@ def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], noise: torch.Te
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as handle:
-        handle.write(struct.pack("<Q", len(text)) + text)
+    with ThreadPoolExecutor(1) as disk, SequentialFile(path, disk) as file:
+        file.write(memoryview(struct.pack("<Q", len(text)) + text))
         for index, shape in enumerate(shapes.values()):
             left = torch.Size(shape).numel()
             rolled = noise.roll(index * 7919).view(torch.int16).numpy()
             while left:
                 part = rolled[: min(left, _BLOCK)]
-                handle.write(memoryview(part).cast("B"))
+                file.write(memoryview(part).cast("B"))
                 left -= len(part)
-        handle.flush()
-        os.fsync(handle.fileno())
+        file.close()
     return offset
-
-
-def _disk_seconds(source: Path, probe: Path, written: int) -> float:
-    """Read every byte of `source`, uncached, and write `written` bytes, synced."""
-    _drop_from_cache(source)
-    started = time.perf_counter()
-    buffer = bytearray(_BLOCK)
-    for path in sorted(source.rglob("*.safetensors")):
-        with path.open("rb", buffering=0) as handle:
-            while handle.readinto(buffer):
-                pass
-    with probe.open("wb", buffering=0) as handle:
-        left = written
-        while left:
-            left -= handle.write(memoryview(buffer)[: min(left, _BLOCK)])
-        os.fsync(handle.fileno())
-    seconds = time.perf_counter() - started
-    probe.unlink()
-    return seconds
 
 
 def _drop_from_cache(folder: Path) -> None:
@@ -232,10 +241,9 @@ def _drop_from_cache(folder: Path) -> None:
         os.close(handle)
 
 
-def _peak_of(command: list[str]) -> int:
-    """Run a command; the peak resident set of the largest child so far, in bytes."""
-    _run(command)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+def _run_for_peak(command: list[str]) -> tuple[str, int]:
+    """Run a command; its output, and the peak resident set of the largest child so far."""
+    return _run(command), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 def _run(command: list[str]) -> str:
@@ -275,12 +283,17 @@ def _record(
 def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["capture", "optimize"])
+    parser.add_argument("what", choices=["capture", "optimize", "checkpoint"])
     parser.add_argument("--work", type=Path, default=Path("large-model"), help="45 GB of room")
-    parser.add_argument("--layers", type=int, help="fewer layers than 40, to try the script")
+    parser.add_argument("--model", choices=sorted(CASES), default="14b", help="of `checkpoint`")
+    parser.add_argument("--layers", type=int, help="fewer layers, to try the script")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=results.RESULTS)
     options = parser.parse_args()
+    if options.what == "checkpoint":
+        layers = {} if options.layers is None else {"num_layers": options.layers}
+        write_checkpoint(options.work, {**CASES[options.model].config, **layers})
+        return
     if options.what == "capture":
         records = capture_records(options.runs)
     else:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 
 from ..errors import OperatorInputError
-from ..schemes import BLOCK, SMALLEST_AMAX, blocks, check_in_features, scheme_named
+from ..schemes import BLOCK, SMALLEST_AMAX, Scheme, blocks, check_in_features, scheme_named
 
 _E4M3_BITS = -0x78100000  # sign, exponent and mantissa of an e4m3 code, moved up by 20 bits
-BAND = BLOCK  # rows quantized at once: a band in float32 stays in the cache
+BAND = BLOCK  # rows quantized at once …
+TILE = 16 * BLOCK  # … and columns: two such tiles in float32 stay in the cache of a core
 
 
 def quantize_weight(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a linear layer's weight in 128×128 blocks.
 
     The numbers are those of `reference.scale_of` and `reference.to_quantized`. Needs memory for the
-    result and two bands of 128 rows in float32, whatever the size.
+    result and two tiles of 128×2048 in float32, whatever the size.
 
     Args:
         weight: (N, K) of any floating dtype, K a multiple of 128. N may be anything.
@@ -37,20 +38,36 @@ def quantize_weight(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, to
     check_in_features(columns, rules)
     q = torch.empty((rows, columns), dtype=rules.dtype, device=weight.device)
     scale = torch.empty((blocks(rows), columns // BLOCK), device=weight.device)
-    # Two buffers for all bands: fresh ones would cost more in page faults than the arithmetic.
-    values, magnitudes = torch.empty((2, min(rows, BAND), columns), device=weight.device)
+    # Two buffers for all tiles: fresh ones would cost more in page faults than the arithmetic.
+    buffers = torch.empty((2, min(rows, BAND) * min(columns, TILE)), device=weight.device)
     for start in range(0, rows, BAND):
-        band = weight[start : start + BAND]
-        values_MK = values[: band.shape[0]].copy_(band)
-        magnitudes_MK = torch.abs(values_MK, out=magnitudes[: band.shape[0]])
-        scale_G = scale[start // BLOCK]
-        torch.amax(magnitudes_MK.unflatten(-1, (-1, BLOCK)), (0, 2), out=scale_G)
-        scale_G.clamp_min_(SMALLEST_AMAX).div_(rules.divisor)
-        values_MK.unflatten(-1, (-1, BLOCK)).div_(scale_G[:, None])
-        if not rules.dtype.is_floating_point:
-            values_MK.round_()
-        q[start : start + BAND] = values_MK.clamp_(rules.lowest, rules.highest)
+        band = slice(start, start + BAND)
+        for left in range(0, columns, TILE):
+            tile = band, slice(left, left + TILE)
+            scale_G = scale[start // BLOCK, left // BLOCK : (left + TILE) // BLOCK]
+            _quantize_tile(weight[tile], q[tile], scale_G, buffers, rules)
     return q, scale
+
+
+def _quantize_tile(
+    weight_MK: torch.Tensor,
+    q_MK: torch.Tensor,
+    scale_G: torch.Tensor,
+    buffers: torch.Tensor,
+    rules: Scheme,
+) -> None:
+    """One row of blocks: fills q_MK and scale_G."""
+    values, magnitudes = buffers[:, : weight_MK.numel()].view(2, *weight_MK.shape)
+    values.copy_(weight_MK)
+    torch.abs(values, out=magnitudes)
+    torch.amax(magnitudes.unflatten(-1, (-1, BLOCK)), (0, 2), out=scale_G)
+    scale_G.clamp_min_(SMALLEST_AMAX).div_(rules.divisor)
+    values.unflatten(-1, (-1, BLOCK)).div_(scale_G[:, None])
+    if not rules.dtype.is_floating_point:
+        values.round_()
+    if rules.divisor != rules.highest:  # else what exceeds it by a float32 rounding becomes it
+        values.clamp_(rules.lowest, rules.highest)
+    q_MK.copy_(values)
 
 
 def dequantize_weight(

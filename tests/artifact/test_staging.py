@@ -21,6 +21,7 @@ from turbo_opt.artifact.save import save
 from turbo_opt.artifact.shards import Shard
 from turbo_opt.artifact.verify import verify
 from turbo_opt.errors import BadInput
+from turbo_opt.ir import disk
 from turbo_opt.ir.weights import to_json
 
 KILLED = """
@@ -135,6 +136,7 @@ def test_a_disk_that_fills_up_meanwhile_is_bad_input_and_leaves_nothing(
         return real(*args)
 
     monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(disk, "_BUFFER_BYTES", 2**16)
     with pytest.raises(BadInput, match="GiB are free on"):
         save(tiny_program(), tmp_path / "a")
     assert _names(tmp_path) == set()

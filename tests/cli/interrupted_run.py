@@ -17,19 +17,20 @@ _write_shard, _written = module.write_shard, []
 
 def stop_in_the_middle(*arguments):
     """Write a shard; after the third, with two on record, tell the test and wait."""
-    _write_shard(*arguments)
+    digest = _write_shard(*arguments)
     _written.append(arguments)
     if len(_written) == 3:
         while Path(".out.partial.journal").read_text().count("\n") < 2:
             time.sleep(0.01)
         print("MIDDLE", flush=True)
         time.sleep(60)
+    return digest
 
 
 def count(*arguments):
     """Write a shard and say so."""
     print("SHARD", file=sys.stderr)
-    _write_shard(*arguments)
+    return _write_shard(*arguments)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def test_weight_round_trip(scheme, shape, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shape", [(1, 128), (300, 384), (129, 1280)])
+@pytest.mark.parametrize("shape", [(1, 128), (300, 384), (129, 1280), (130, 4224)])
 def test_weights_are_quantized_bit_for_bit_as_defined(scheme, shape, dtype, device):
     weight = (torch.randn(shape, device=device) * 0.02).to(dtype)
     weight[0, :128] = 0
@@ -144,6 +144,15 @@ def test_weights_are_quantized_bit_for_bit_as_defined(scheme, shape, dtype, devi
     q, scale = quantize_weight(weight, scheme)
     assert torch.equal(scale, expected_scale)
     assert torch.equal(q.view(torch.uint8), expected_q.view(torch.uint8))
+
+
+def test_a_quotient_rounded_past_the_largest_code_becomes_it():
+    largest = torch.linspace(0.5, 2.0, 4096)
+    weight = torch.zeros(4096, 128, 128)
+    weight[:, 0, 0] = largest
+    q, scale = quantize_weight(weight.reshape(-1, 128), "fp8-block")
+    assert (largest / scale[:, 0] > 448).any()
+    assert (q.reshape(4096, 128, 128)[:, 0, 0].float() == 448).all()
 
 
 def test_every_e4m3_code_is_dequantized_exactly():

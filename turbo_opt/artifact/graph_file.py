@@ -17,6 +17,7 @@ import torch
 from torch.export import ExportedProgram
 
 from turbo_opt.artifact.graph_safety import MEMBERS, check_members
+from turbo_opt.collector import collector_paused
 from turbo_opt.errors import BadInput
 from turbo_opt.ir.edit import copy_exported
 
@@ -41,7 +42,8 @@ def graph_bytes(exported: ExportedProgram) -> bytes:
         for key in _DROPPED_META:
             node.meta.pop(key, None)
     buffer = io.BytesIO()
-    torch.export.save(exported, buffer)
+    with collector_paused():
+        torch.export.save(exported, buffer)
     check_members(Path("graph"), _members(Path("graph"), buffer))
     return buffer.getvalue()
 

@@ -28,12 +28,13 @@ from turbo_opt.artifact.manifest import (
 from turbo_opt.artifact.replay import min_sqnr_db, replay_bytes, replay_inputs, run_replay
 from turbo_opt.artifact.report import render_report, report_data
 from turbo_opt.artifact.shard_writer import write_shard
-from turbo_opt.artifact.shards import Shard, plan_shards, sha256_of
+from turbo_opt.artifact.shards import Shard, plan_shards
 from turbo_opt.artifact.staging import (
     Staging,
     check_destination,
     check_space,
     disk_full_is_bad_input,
+    sync,
     write_synced,
 )
 from turbo_opt.artifact.weights_reader import StoredWeights
@@ -68,9 +69,8 @@ def save(
 ) -> Path:
     """Write `program` as an artifact directory.
 
-    Weights are computed and written in bands of rows, a few expressions side by side; hashing and
-    flushing of a finished shard overlap with computing the next. The directory gets its name by one
-    rename at the end.
+    Weights are read, computed, hashed and written in bands of rows, all four at once; flushing a
+    finished shard overlaps with the next. The directory gets its name by one rename at the end.
 
     Args:
         recipe: the resolved recipe, kept in the manifest.
@@ -146,8 +146,8 @@ def _write_weights(
         done += count
         progress("weights", done, total)
 
-    def finish(shard: Shard) -> None:
-        digest = sha256_of(staging.path / shard.file, flush=True)
+    def finish(shard: Shard, digest: str) -> None:
+        sync(staging.path / shard.file)
         staging.record(shard, digest)
         digests[shard.file] = digest
 
@@ -156,10 +156,10 @@ def _write_weights(
         for shard in missing:
             path = staging.path / shard.file
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_shard(shard, path, tick)
+            digest = write_shard(shard, path, tick)
             if previous is not None:
                 previous.result()
-            previous = pool.submit(finish, shard)
+            previous = pool.submit(finish, shard, digest)
         if previous is not None:
             previous.result()
     return {

@@ -1,18 +1,14 @@
 """The layout of weights in safetensors shards, and the digest of one.
 
-Shapes and dtypes are known before a byte is computed, so the header comes first and every tensor
-is written to its place as it is computed (`shard_writer`): in the order of the expressions, which
-is not the order in the file (the format's own writer sorts by item size, which keeps every tensor
-aligned).
+Shapes and dtypes are known before a byte is computed, so the header comes first and a shard is
+written from its beginning to its end (`shard_writer`). Tensors therefore lie in the order in which
+they are computed, as far as that leaves each of them aligned to its items.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +19,8 @@ from torch import Tensor
 from turbo_opt.ir.files import dtype_code
 from turbo_opt.ir.weights import LazyTensor, WeightStore
 
-_CHUNK = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one tensor lies in a shard file."""
-
-    begin: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+_HEADER_BYTES = 8
+"""The header is a multiple of it, so that data behind it is aligned to items of any dtype."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +29,9 @@ class Shard:
 
     Attributes:
         file: path inside the artifact.
-        weights: its tensors, in the order they are computed.
+        weights: its tensors, in the order of the file.
         key: digest of names, expressions and layout: equal keys mean equal bytes.
         header: the first bytes of the file.
-        places: absolute position of every tensor.
         nbytes: length of the file.
     """
 
@@ -52,7 +39,6 @@ class Shard:
     weights: WeightStore
     key: str
     header: bytes
-    places: Mapping[str, Place]
     nbytes: int
 
 
@@ -85,34 +71,17 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def write_at(handle: int, data: memoryview, position: int) -> None:
-    """Write all of `data` to a place in a file; threads may do so side by side."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(handle, data[done : done + _CHUNK], position + done)
+def sha256_of(path: Path) -> str:
+    """Digest of a file's content."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def sha256_of(path: Path, *, flush: bool = False) -> str:
-    """Digest of a file's content.
-
-    Args:
-        flush: also wait until the file is on disk, to which it is written meanwhile.
-    """
-    with open(path, "rb") as handle, ThreadPoolExecutor(1) as pool:
-        flushed = pool.submit(os.fsync, handle.fileno()) if flush else None
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        if flushed is not None:
-            flushed.result()
-        return digest
-
-
-def _plan(file: str, weights: WeightStore) -> Shard:
+def _plan(file: str, unordered: WeightStore) -> Shard:
+    weights = WeightStore({name: unordered[name] for name in _order(unordered)})
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offsets: dict[str, int] = {}
     offset = 0
-    for name in sorted(weights, key=lambda n: (-weights[n].dtype.itemsize, n)):
-        tensor = weights[name]
-        offsets[name] = offset
+    for name, tensor in weights.items():
         entries[name] = {
             "dtype": dtype_code(tensor.dtype),
             "shape": list(tensor.shape),
@@ -120,11 +89,22 @@ def _plan(file: str, weights: WeightStore) -> Shard:
         }
         offset += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % _HEADER_BYTES)
     header = len(text).to_bytes(8, "little") + text
-    places = {
-        name: Place(len(header) + begin, weights[name].shape, weights[name].dtype)
-        for name, begin in offsets.items()
-    }
     key = hashlib.sha256(text + weights.digest().encode()).hexdigest()
-    return Shard(file, weights, key, header, places, len(header) + offset)
+    return Shard(file, weights, key, header, len(header) + offset)
+
+
+def _order(weights: WeightStore) -> list[str]:
+    """The names as they follow each other in the file, every tensor aligned to its items.
+
+    By expression, and within one the largest output first: the others are kept until it is whole.
+    Tensors that would leave others unaligned come last, by item size; an expression that has some
+    of those beside others is computed for each.
+    """
+    groups = weights.names_by_producer()
+    names = [name for group in groups for name in sorted(group, key=lambda n: -weights[n].nbytes)]
+    unit = max((weights[name].dtype.itemsize for name in names), default=1)
+    even = [name for name in names if weights[name].nbytes % unit == 0]
+    odd = [name for name in names if weights[name].nbytes % unit]
+    return even + sorted(odd, key=lambda name: -weights[name].dtype.itemsize)

@@ -136,12 +136,12 @@ class Staging:
     def publish(self) -> None:
         """Make the directory `out`, in one step; an artifact that is there is replaced."""
         for folder in [self.path, *(item for item in self.path.rglob("*") if item.is_dir())]:
-            _sync_directory(folder)
+            sync(folder)
         if self.out.is_dir() and any(self.out.iterdir()):
             _replace(self.path, self.out)
         else:
             os.rename(self.path, self.out)
-        _sync_directory(self.out.parent)
+        sync(self.out.parent)
 
     def _clear(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -155,6 +155,15 @@ def write_synced(path: Path, content: bytes) -> None:
         handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _lock(journal: IO[str], out: Path) -> None:
@@ -197,14 +206,6 @@ def _exchange(first: Path, second: Path) -> bool:
         return False
     names = os.fsencode(first), os.fsencode(second)
     return bool(renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _too_little(folder: Path, needed: int, free: int) -> str:

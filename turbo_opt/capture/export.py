@@ -14,6 +14,8 @@ from torch.export.graph_signature import InputKind
 
 from turbo_opt.capture.checkpoint import storage_dtype
 from turbo_opt.capture.inputs import capture_inputs
+from turbo_opt.capture.repeat import expand, repeated_blocks
+from turbo_opt.collector import collector_paused
 from turbo_opt.errors import BadInput
 
 
@@ -30,6 +32,8 @@ def export_denoiser(
 ) -> CapturedGraph:
     """Trace the model on meta parameters; no weight is read or allocated.
 
+    Of blocks that are equal one is traced (`capture.repeat`).
+
     Buffers outside the checkpoint (the rotary tables) become ordinary weights of the graph, so
     that passes and artifacts treat everything a graph reads alike.
 
@@ -40,11 +44,13 @@ def export_denoiser(
     inputs = capture_inputs(class_name, config, dtype, expand_timesteps)
     kwargs = {**inputs.tensors, "return_dict": False}
     shapes = {**inputs.dynamic_shapes, "return_dict": None}
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), collector_paused():
         warnings.simplefilter("ignore")
-        exported = torch.export.export(
-            model, (), kwargs=kwargs, dynamic_shapes=shapes, strict=False
-        )
+        with repeated_blocks(model):
+            exported = torch.export.export(
+                model, (), kwargs=kwargs, dynamic_shapes=shapes, strict=False
+            )
+        exported = expand(exported)
     _keep_tables_as_weights(exported)
     return CapturedGraph(exported, tables)
 

@@ -56,6 +56,7 @@ class Editor:
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
         self.weights = denoiser.parameters()
+        self._placeholders = {name: node for node, name in self.weights.items()}
         self._before: Node | None = None
         self._made: list[Node] = []
 
@@ -81,13 +82,12 @@ class Editor:
 
     def weight(self, name: str, tensor: LazyTensor) -> Node:
         """A placeholder for a new weight with this expression; the known one if it is there."""
-        for node, known in self.weights.items():
-            if known == name:
-                return node
-        node = add_weight(self.denoiser.exported, name, tensor.shape, tensor.dtype)
-        self.denoiser.weights[name] = tensor
-        self.weights[node] = name
-        return node
+        if name not in self._placeholders:
+            node = add_weight(self.denoiser.exported, name, tensor.shape, tensor.dtype)
+            self.denoiser.weights[name] = tensor
+            self.weights[node] = name
+            self._placeholders[name] = node
+        return self._placeholders[name]
 
 
 Replacement = Node | Mapping[Node, Node]
@@ -140,8 +140,9 @@ def rewrite_each(
 
 def replace_node(denoiser: Denoiser, old: Node, new: Node) -> None:
     """Lead every reader of `old` to `new`, the program's outputs included."""
+    if any(user.op == "output" for user in old.users):
+        denoiser.exported.graph_signature.replace_all_uses(old.name, new.name)
     old.replace_all_uses_with(new)
-    denoiser.exported.graph_signature.replace_all_uses(old.name, new.name)
 
 
 def clean(denoiser: Denoiser) -> None:
