@@ -3,8 +3,9 @@
 An operator is defined once: a schema in torch's `turbo_opt::` namespace, a fake implementation, a
 float32 `reference` (its meaning), and faster providers of the same signature. Which provider runs
 is decided from the device's capability and a small description of the arguments, before anything
-is launched, and remembered. Deciding never touches a device, so it also answers for a GPU that is
-only described:
+is launched, and remembered: the one that is forced, else the one that was measured to be fastest
+(see `provider_table`), else the first in declared order that serves. Deciding never touches a
+device, so it also answers for a GPU that is only described:
 
     choose("block_linear", "sm90", q, q_scale, weight, weight_scale, None, "fp8-block", bfloat16)
 """
@@ -23,6 +24,7 @@ import torch
 
 from .capability import Capability, capability_of, parse_capability
 from .errors import ProviderError, name_the_nearest
+from .provider_table import MeasuredChoice, any_measured, call_key, forget_tables, measured_choice
 
 REFERENCE = "reference"
 PROVIDERS_VARIABLE = "TURBO_OPT_PROVIDERS"
@@ -67,12 +69,19 @@ def fastest_first(capability: Capability, description: Any, names: Sequence[str]
 
 @dataclass(frozen=True)
 class Choice:
-    """The provider chosen for a call, and why each other provider was passed over."""
+    """The provider chosen for a call, and why each other provider was passed over.
+
+    Attributes:
+        serving: every provider that could serve it, in declared order.
+        measured: the record that decided, None where none did.
+    """
 
     operator: str
     capability: Capability
     provider: str
     passed_over: Mapping[str, str]
+    serving: tuple[str, ...]
+    measured: MeasuredChoice | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.operator} on {self.capability}: {self.provider}"]
@@ -128,31 +137,42 @@ class Operator:
         The arguments are those of the operator; their tensors may be fake or meta.
         """
         self.check(*args)
+        present = device if isinstance(device, torch.device) else None
         if isinstance(device, torch.device):
-            return self._choose(capability_of(device), self.describe(*args), here=True)
-        capability = parse_capability(device) if isinstance(device, str) else device
-        return self._choose(capability, self.describe(*args), here=False)
-
-    def _choose(self, capability: Capability, description: Any, here: bool) -> Choice:
+            capability = capability_of(device)
+        else:
+            capability = parse_capability(device) if isinstance(device, str) else device
+        description = self.describe(*args)
         reasons = {
-            name: (provider.missing() if here else None)
+            name: (provider.missing() if present else None)
             or provider.supports(capability, description)
             for name, provider in self._providers.items()
         }
-        forced = forced_providers().get(self.name)
-        if forced is not None:
-            if reasons[forced] is not None:
-                raise ProviderError(
-                    f"{self.name}: provider {forced!r} was forced, but cannot serve this call on "
-                    f"{capability}: {reasons[forced]}"
-                )
-            chosen, why = forced, f"{forced!r} is forced"
+        order = self.prefer(capability, description, list(self._providers))
+        serving = tuple(name for name in order if reasons[name] is None)
+        measured, chosen = None, self._forced(capability, reasons)
+        if chosen is None and any_measured(capability):
+            key = call_key(description, args)
+            measured = measured_choice(self.name, capability, present, key, serving)
+        if chosen is not None:
+            why = f"{chosen!r} is forced"
+        elif measured is not None:
+            chosen = measured.entry.provider
+            why = f"works, but {chosen!r} was measured to be faster on {measured.device}"
         else:
-            order = self.prefer(capability, description, list(self._providers))
-            chosen = next(name for name in order if reasons[name] is None)
+            chosen = serving[0]
             why = f"works, but {chosen!r} is preferred on {capability}"
         passed_over = {name: reasons[name] or why for name in self._providers if name != chosen}
-        return Choice(self.name, capability, chosen, passed_over)
+        return Choice(self.name, capability, chosen, passed_over, serving, measured)
+
+    def _forced(self, capability: Capability, reasons: Mapping[str, str | None]) -> str | None:
+        forced = forced_providers().get(self.name)
+        if forced is not None and reasons[forced] is not None:
+            raise ProviderError(
+                f"{self.name}: provider {forced!r} was forced, but cannot serve this call on "
+                f"{capability}: {reasons[forced]}"
+            )
+        return forced
 
     def _decide(self, signature: Hashable, args: Sequence[Any]) -> _Decision:
         choice = self.choose(args[0].device, *args)
@@ -272,6 +292,13 @@ def force_provider(forced: Mapping[str, str]) -> Iterator[None]:
 def _set_forced(forced: dict[str, str]) -> None:
     global _forced_by_context
     _forced_by_context = forced
+    for each in _operators.values():
+        each.forget_decisions()
+
+
+def read_provider_tables() -> None:
+    """Decide anew, by what the provider tables hold now."""
+    forget_tables()
     for each in _operators.values():
         each.forget_decisions()
 

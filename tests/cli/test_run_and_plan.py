@@ -30,6 +30,9 @@ def test_run_reports_every_pass_and_leaves_an_artifact_with_its_report(compiled)
     assert record["passes"][2]["worst_sqnr_db"] > 25
     assert record["totals"]["end_to_end_sqnr_db"]["transformer"] > 20
     assert record["totals"]["weight_bytes_after"] < record["totals"]["weight_bytes_before"]
+    stages = record["totals"]["stage_seconds"]
+    assert list(stages) == ["capture", "plan", "passes", "end_to_end", "save", "weights"]
+    assert sum(stages.values()) == pytest.approx(record["totals"]["seconds"])
     assert {"manifest.json", "report.json", "report.md", "report.html"} <= {
         item.name for item in folder.iterdir()
     }

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 import turbo_opt
+from turbo_opt.kernels.capability import CPU
+from turbo_opt.kernels.provider_table import choices_digest
 
 _PACKAGES = ("diffusers", "transformers", "safetensors", "triton", "numpy")
 
@@ -35,7 +37,8 @@ def environment() -> dict[str, str]:
 
 
 def fingerprint() -> str:
-    """Digest of all that decides the bits of a CPU result: torch, processor, threads."""
+    """Digest of all that decides the bits of a CPU result: torch, processor, threads, and the
+    providers that were measured to be fastest, if any were."""
     parts = [
         str(torch.__version__),
         platform.machine(),
@@ -45,6 +48,9 @@ def fingerprint() -> str:
         torch.get_float32_matmul_precision(),
         torch.backends.mkldnn.enabled,  # type: ignore[attr-defined]
     ]
+    measured = choices_digest(CPU)
+    if measured is not None:
+        parts.append(measured)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -58,11 +58,11 @@ def demo(
     """
     from turbo_opt.cli.places import check_artifact_place, plain_place
     from turbo_opt.cli.progress import Board
-    from turbo_opt.cli.selection import checked_pipeline, select_recipe
+    from turbo_opt.cli.selection import checked_pipeline, select_recipe, tiny_recipe_for
 
     out = plain_place(out)
     device = resolve_device(device)
-    chosen = select_recipe(recipe or _recipe_for(device))
+    chosen = select_recipe(recipe or tiny_recipe_for(device))
     pipeline = checked_pipeline(chosen)
     _check_folder(out)
 
@@ -87,7 +87,7 @@ def demo(
     metrics = compare(clips, seconds, prompt)
     record = {
         **compiled.to_json(),
-        "recipe": recipe or _recipe_for(device),
+        "recipe": recipe or tiny_recipe_for(device),
         "device": device,
         "machine": machine(device),
         "prompt": prompt,
@@ -98,15 +98,6 @@ def demo(
     }
     _write(out, after, clips, record)
     _show(session, out, record)
-
-
-def _recipe_for(device: str) -> str:
-    """The recipe of tiny-wan for the detected machine, or for a CPU."""
-    from turbo_opt.config.lookup import list_recipes
-    from turbo_opt.targets import detect_target
-
-    name = f"tiny-wan/{detect_target().name}" if device == "cuda" else "tiny-wan/cpu"
-    return name if any(info.name == name for info in list_recipes()) else "tiny-wan/cpu"
 
 
 def _check_folder(out: Path) -> None:

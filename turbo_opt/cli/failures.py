@@ -115,7 +115,8 @@ def _signals() -> Iterator[None]:
 def _other_libraries_quiet(session: Session) -> Iterator[None]:
     """No progress bars, warnings and log lines of the libraries below, but under `--debug`.
 
-    The flag is looked for before click reads it: the variables count when they are imported.
+    What is wrong with a provider table is shown as a note. The flag is looked for before click
+    reads it: the variables count when they are imported.
     """
     if "--debug" in sys.argv or session.debug:
         yield
@@ -128,6 +129,8 @@ def _other_libraries_quiet(session: Session) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", module=r"turbo_opt\.kernels\.provider_table")
+            warnings.showwarning = lambda message, *_, **__: session.note(f"note: {message}")
             yield
     finally:
         logging.disable(disabled)

@@ -14,8 +14,10 @@ TEXT_TOKENS = 512
 """As much text as Wan is given."""
 
 
-def clip_sizes(inputs: Sequence[Node], cells: tuple[int, int, int]) -> dict[Any, int]:
-    """A number for every symbol in the shapes of a denoiser's inputs: one clip, 512 text tokens.
+def clip_sizes(
+    inputs: Sequence[Node], cells: tuple[int, int, int], text_tokens: int = TEXT_TOKENS
+) -> dict[Any, int]:
+    """A number for every symbol in the shapes of a denoiser's inputs, for one clip.
 
     Args:
         inputs: placeholders of the tensors that a caller passes.
@@ -33,7 +35,7 @@ def clip_sizes(inputs: Sequence[Node], cells: tuple[int, int, int]) -> dict[Any,
         for axis, side in enumerate(value.shape if isinstance(value, Tensor) else ()):
             if isinstance(side, torch.SymInt):
                 for symbol in side.node.expr.free_symbols:
-                    number = wanted.get(str(node.target), {}).get(axis, TEXT_TOKENS)
+                    number = wanted.get(str(node.target), {}).get(axis, text_tokens)
                     found.setdefault(symbol, number)
     return found
 
@@ -44,8 +46,9 @@ def nbytes(value: Any, sizes: Mapping[Any, int]) -> int:
         return sum(nbytes(item, sizes) for item in value)
     if not isinstance(value, Tensor):
         return 0
-    return math.prod(_side(side, sizes) for side in value.shape) * value.dtype.itemsize
+    return math.prod(known(side, sizes) for side in value.shape) * value.dtype.itemsize
 
 
-def _side(side: Any, sizes: Mapping[Any, int]) -> int:
+def known(side: Any, sizes: Mapping[Any, int]) -> int:
+    """A side, or another number of a graph, once the symbols in it are known."""
     return int(side.node.expr.subs(sizes)) if isinstance(side, torch.SymInt) else side

@@ -26,7 +26,8 @@ KeyFunction = Callable[[Sequence[Tensor]], Key | None]
 
 _MOST_SHAPES = 2
 _MOST_PROMPTS = 4
-_MOST_TIMESTEPS = 16
+MOST_TIMESTEPS = 16
+"""Noise levels whose values a network keeps."""
 
 
 class StagedGraph:
@@ -43,7 +44,7 @@ class StagedGraph:
         found = split(graph.graph, inputs, stages)
         self._shape = _KeptStage(cut(graph, found, Stage.SHAPE), _shapes, _MOST_SHAPES)
         self._prompt = _KeptStage(cut(graph, found, Stage.PROMPT), _identities, _MOST_PROMPTS)
-        self._timestep = _KeptStage(cut(graph, found, Stage.TIMESTEP), _numbers, _MOST_TIMESTEPS)
+        self._timestep = _KeptStage(cut(graph, found, Stage.TIMESTEP), _numbers, MOST_TIMESTEPS)
         self._step = cut(graph, found, Stage.STEP)
         self._arguments = _arguments(self._step)
         self.graphs = StepGraphs(self._velocity, backend) if backend is not None else None

@@ -1,0 +1,119 @@
+"""How much of a four-step denoising run the GPU waits: the share of time in which no kernel runs.
+
+    python -m benchmarks.idle_share --model 1.3b --out results/
+
+The optimized graph of `benchmarks.forward` (random weights) denoises a clip in rCM's four steps,
+after runs that compile, tune and record. PyTorch's profiler gives the start and end of every kernel
+and copy on the device; idle is what their union leaves between the first start and the last end.
+Without a GPU, `--dry-run` takes the outermost CPU operators of a tiny model instead: it proves that
+the script runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.nn.attention import sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import results
+from benchmarks.forward import ATTENTION, CASES, PIPELINES, Bench, Case, measure
+from benchmarks.kernels._harness import Session
+from benchmarks.results import Record
+
+Interval = tuple[float, float]
+"""Start and end, in microseconds."""
+_RUNS = 5
+
+
+def idle_share(intervals: Iterable[Interval]) -> float:
+    """The share of the time between the first start and the last end that none of them covers.
+
+    Raises:
+        ValueError: there is no time between them.
+    """
+    ordered = sorted(intervals)
+    if not ordered or max(end for _, end in ordered) <= ordered[0][0]:
+        raise ValueError("no interval of any length was recorded")
+    busy, covered = 0.0, ordered[0][0]
+    for start, end in ordered:
+        busy += max(0.0, end - max(start, covered))
+        covered = max(covered, end)
+    return 1 - busy / (covered - ordered[0][0])
+
+
+def work_intervals(call: Callable[[], Tensor], device: torch.device) -> list[Interval]:
+    """When the device worked during a call: kernels and copies, or the operators of a CPU."""
+    cuda = device.type == "cuda"
+    # Only what is asked for: recording operators as well would keep a GPU waiting for the host.
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+    wanted = DeviceType.CUDA if cuda else DeviceType.CPU
+    return [
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == wanted and event.time_range.end > event.time_range.start
+    ]
+
+
+def run(case: Case, session: Session, configuration: str) -> Record:
+    """Profile one configuration of one model."""
+    bench = Bench(case, session)
+    module, _ = bench.optimized(PIPELINES[configuration])
+    clip = bench.clip(module)
+    unprofiled, _, _ = measure(bench, clip, warmup=3)
+    with torch.no_grad(), sdpa_kernel(ATTENTION, set_priority=True):
+        found = [work_intervals(clip, bench.device) for _ in range(_RUNS)]
+    shares = [idle_share(intervals) for intervals in found]
+    low, _, high = quantiles(shares, n=4)
+    return Record(
+        name=f"{session.gpu}/{case.name}/gpu_idle_share",
+        value=median(shares),
+        unit="",
+        spread=(high - low) / 2,
+        runs=len(shares),
+        config={
+            "configuration": configuration,
+            "pipeline": PIPELINES[configuration],
+            "latent": list(case.latent),
+            "steps": 4,
+            "four_steps_ms_without_profiler": unprofiled.ms,
+            "kernels_and_copies": median(len(intervals) for intervals in found),
+        },
+        environment=session.environment,
+        commit=results.current_commit(),
+        date=results.today(),
+    )
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=sorted(CASES), default="1.3b")
+    parser.add_argument("--configuration", choices=sorted(PIPELINES), default="sagesla-fp8")
+    parser.add_argument("--out", type=Path, default=results.RESULTS)
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with --model tiny")
+    options = parser.parse_args()
+    if not options.dry_run and not torch.cuda.is_available():
+        print("no CUDA device; --dry-run --model tiny runs on the CPU", file=sys.stderr)
+        return 2
+    session = Session(dry=options.dry_run)
+    record = run(CASES[options.model], session, options.configuration)
+    results.merge(options.out / "idle_share.json", [record])
+    print(results.tabulate([record]))
+    print(json.dumps(record.config))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

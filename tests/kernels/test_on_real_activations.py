@@ -1,0 +1,262 @@
+"""How close the operators come on what tiny-wan really computes, on noise, and with outliers.
+
+The shipped model draws a caption; the inputs of its layers are recorded. Their largest values are
+5 to 30 times their RMS, those of as many normal ones about 4.5 times.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.helpers.recorded import LinearCall, recording
+from tests.kernels.attention_checks import (
+    BLOCKS,
+    heads_of_one_product,
+    highest_blocks,
+    linear_branch,
+    masked_attention,
+)
+from tests.kernels.kernel_checks import relative_error, run_by, skip_unless_served
+from turbo_opt.kernels import dequantize_activation, dequantize_weight, quantize_weight
+
+
+def on_gpu(*names):
+    return [pytest.param(name, marks=pytest.mark.gpu) for name in names]
+
+
+PRODUCTS = ["reference", *on_gpu("torch", "triton")]
+PROVIDERS = ["reference", *on_gpu("triton", "cuda")]
+
+# ‖y − exact‖ / ‖exact‖ of a linear layer. One int8 scale serves 128×128 values: on normal ones it
+# loses 0.013, and more as the largest value of a block stands out. e4m3 values have an exponent
+# each, and 1×128 of them a scale, so that outliers do not matter.
+LARGEST_ON_NORMAL = {"int8-block": 0.015, "fp8-block": 0.04}
+LARGEST_ON_REAL = {"int8-block": 0.035, "fp8-block": 0.04}
+MEDIAN_ON_REAL = {"int8-block": 0.015, "fp8-block": 0.03}
+BESIDE_ROUNDING = 1.1  # the most, as a multiple of what rounding x and the weight loses
+SPARSE = {"16bit": 0.02, "fp8": 0.05}
+LINEAR_BRANCH = 0.01
+
+
+def with_outlying_channels(x):
+    return x * torch.ones(x.shape[-1]).index_fill(0, torch.tensor([5, 100]), 30.0)
+
+
+def with_outlying_tokens(x):
+    return x * torch.ones(x.shape[-2], 1).index_fill(0, torch.tensor([0, 99]), 30.0)
+
+
+def with_outlying_values(x):
+    return torch.where(torch.rand_like(x) < 1e-3, 50 * x, x)
+
+
+OUTLIERS = [with_outlying_channels, with_outlying_tokens, with_outlying_values]
+
+
+def synthetic_layer(spoil=lambda x: x):
+    weight = torch.randn(256, 768) / 768**0.5
+    return LinearCall("synthetic", spoil(torch.randn(1, 400, 768)), weight, torch.randn(256))
+
+
+def served(name, provider, *args):
+    """The operator's result by that provider; the test is skipped where it does not serve."""
+    skip_unless_served(name, provider, *args)
+    return run_by(provider, name, *args)
+
+
+def run_linear(layer, scheme, provider, device):
+    """(error, what rounding the operands loses) of one layer, bfloat16 on a GPU."""
+    dtype = torch.float32 if provider == "reference" else torch.bfloat16
+    x, weight = layer.x.to(device, dtype), layer.weight.to(device)
+    bias = layer.bias.to(device)
+    q, q_scale = torch.ops.turbo_opt.quantize_activation(x, scheme)
+    w, w_scale = quantize_weight(weight, scheme)
+    y = served("block_linear", provider, q, q_scale, w, w_scale, bias, scheme, dtype)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    rounding = math.hypot(
+        relative_error(x, dequantize_activation(q, q_scale, scheme)),
+        relative_error(weight, dequantize_weight(w, w_scale)),
+    )
+    return relative_error(exact, y), rounding
+
+
+@pytest.mark.parametrize("provider", PRODUCTS)
+@pytest.mark.parametrize("scheme", LARGEST_ON_REAL)
+def test_linear_layers_on_real_activations(scheme, provider, device):
+    layers = recording().linear
+    assert len(layers) == 80
+    errors = []
+    for layer in layers:
+        error, rounding = run_linear(layer, scheme, provider, device)
+        assert error <= LARGEST_ON_REAL[scheme], layer.name
+        assert error <= BESIDE_ROUNDING * rounding, layer.name
+        errors.append(error)
+    assert median(errors) <= MEDIAN_ON_REAL[scheme]
+
+
+@pytest.mark.parametrize("provider", PRODUCTS)
+@pytest.mark.parametrize("scheme", LARGEST_ON_NORMAL)
+def test_linear_layers_on_noise(scheme, provider, device):
+    error, _ = run_linear(synthetic_layer(), scheme, provider, device)
+    assert error <= LARGEST_ON_NORMAL[scheme]
+
+
+@pytest.mark.parametrize("provider", PRODUCTS)
+@pytest.mark.parametrize("spoil", OUTLIERS)
+@pytest.mark.parametrize("scheme", LARGEST_ON_NORMAL)
+def test_outliers_cost_what_their_scales_do_and_e4m3_next_to_nothing(
+    scheme, spoil, provider, device
+):
+    error, rounding = run_linear(synthetic_layer(spoil), scheme, provider, device)
+    assert error <= BESIDE_ROUNDING * rounding
+    if scheme == "fp8-block":
+        assert error <= LARGEST_ON_NORMAL[scheme]
+    else:
+        assert error > LARGEST_ON_NORMAL[scheme], "else this is no outlier"
+
+
+def real_heads(device, dtype):
+    """q, k and v of some of the recorded attentions."""
+    found = recording().attention[::2]
+    return [tuple(x.to(device, dtype) for x in each) for each in found]
+
+
+def sparse_error(qkv, topk, blocks, pv, provider):
+    """Of the sparse branch of sagesla, beside the same blocks in float64."""
+    exact = masked_attention(*qkv, highest_blocks(*qkv[:2], topk, *blocks), *blocks)
+    o = served("sagesla", provider, *qkv, None, None, topk, *blocks, "softmax", pv)
+    return relative_error(exact, o)
+
+
+def dtype_of(provider):
+    return torch.float32 if provider == "reference" else torch.bfloat16
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("pv", SPARSE)
+def test_the_sparse_branch_on_real_activations(pv, blocks, provider, device):
+    """Dense attention in 8 bits rounds the same operands; it averages over more keys, so that the
+    roundings of v and P cancel more: by √topk, at most."""
+    for qkv in real_heads(device, dtype_of(provider)):
+        dense = sparse_error(qkv, 1.0, blocks, pv, provider)
+        for topk in (0.5, 0.2):
+            error = sparse_error(qkv, topk, blocks, pv, provider)
+            assert error <= SPARSE[pv]
+            assert error <= dense / topk**0.5
+
+
+def key_offsets(q, k, v):
+    """Channels far from zero in all tokens alike, as keys have them; smoothing removes that."""
+    return q, k + torch.zeros(128).index_fill(0, torch.tensor([5, 100]), 30.0), v
+
+
+def outlying_keys(q, k, v):
+    return q, with_outlying_tokens(k), v
+
+
+def outlying_values(q, k, v):
+    return q, k, with_outlying_tokens(with_outlying_channels(v))
+
+
+def noise(spoil, provider, device):
+    qkv = spoil(*heads_of_one_product(1, 2, 720, torch.float32, "cpu"))
+    return tuple(x.to(device, dtype_of(provider)) for x in qkv)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(
+    "spoil", [lambda *qkv: qkv, key_offsets, outlying_keys, outlying_values],
+    ids=["noise", "key offsets", "outlying keys", "outlying values"],
+)  # fmt: skip
+def test_the_sparse_branch_on_noise_and_outliers(spoil, provider, device):
+    error = sparse_error(noise(spoil, provider, device), 0.5, (64, 128), "fp8", provider)
+    assert error <= SPARSE["fp8"]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_key_channels_that_vary_widely_cost_the_sparse_branch_no_more_than_dense_attention(
+    provider, device
+):
+    """A block of keys has one scale: smoothing cannot help, and neither form meets the bound."""
+    spoiled = noise(lambda q, k, v: (q, with_outlying_channels(k), v), provider, device)
+    dense, sparse = (sparse_error(spoiled, topk, (64, 128), "fp8", provider) for topk in (1.0, 0.5))
+    assert SPARSE["fp8"] < sparse <= 1.05 * dense
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("name", ["sagesla", "sla"])
+def test_the_linear_branch_on_real_activations(name, provider, device):
+    """What the operator adds when its projection is the identity."""
+    pv = ("fp8",) if name == "sagesla" else ()
+    identity = torch.eye(128, device=device)
+    for qkv in real_heads(device, dtype_of(provider)):
+        rest = (0.5, 64, 128, "softmax", *pv)
+        both = served(name, provider, *qkv, identity, None, *rest)
+        sparse = served(name, provider, *qkv, None, None, *rest)
+        branch = linear_branch(*qkv, "softmax")
+        # Both results are rounded to q's dtype, which may be much of a small branch.
+        rounding = 0.0 if both.dtype is torch.float32 else 2.0**-9 * (both.double().norm() * 2**0.5)
+        difference = (both.double() - sparse.double() - branch).norm()
+        assert difference <= LINEAR_BRANCH * branch.norm() + rounding
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_norms_round_once_on_real_activations(provider, device):
+    """Their float32 arithmetic loses nothing that bfloat16 shows."""
+    shift, scale = (x.to(device)[:, None] for x in recording().modulation.unbind(1)[:2])
+    for norm in recording().norms:
+        x = norm.x.to(device, torch.bfloat16)
+        weight, bias = (None if p is None else p.to(device) for p in (norm.weight, norm.bias))
+        wide = (p if p is None else p.double() for p in (weight, bias))
+        if norm.kind == "rms_norm":
+            exact = F.rms_norm(x.double(), x.shape[-1:], next(wide), norm.eps)
+            assert_rounded_once(exact, served("rms_norm", provider, x, weight, norm.eps))
+            continue
+        exact = F.layer_norm(x.double(), x.shape[-1:], *wide, norm.eps)
+        assert_rounded_once(exact, served("layer_norm", provider, x, weight, bias, norm.eps))
+        if weight is None:
+            modulated = exact * (1 + scale.double()) + shift.double()
+            assert_rounded_once(modulated, served("adaln", provider, x, scale, shift, norm.eps))
+
+
+def assert_rounded_once(exact, y):
+    """Half a step of bfloat16, and what float32 loses where terms cancel."""
+    cancelled = 2e-6 * exact.abs().amax(-1, keepdim=True)
+    assert ((y.double() - exact).abs() <= 2.0**-8 * exact.abs() + cancelled).all()
+
+
+@pytest.mark.parametrize("provider", ["reference", "triton"])
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_routing_keeps_the_highest_blocks_on_real_activations_but_for_ties(
+    blocks, provider, device
+):
+    different = rows = 0
+    for q, k, _ in real_heads(device, torch.float32):
+        centered = k - k.mean(2, keepdim=True)
+        means = [
+            torch.stack([part.mean(2) for part in x.split(block, 2)], 2)
+            for x, block in zip((q, centered), blocks, strict=True)
+        ]
+        lists = served("block_routing", provider, *means, 3).long()
+        scores = torch.einsum("bhqd,bhkd->bhqk", *(x.double() for x in means))
+        best = scores.topk(3)
+        tie = 1e-4 * scores.abs().amax(-1, keepdim=True)
+        assert (
+            scores.gather(-1, lists).sort(-1, descending=True).values >= best.values - tie
+        ).all()
+        different += (lists != best.indices.sort(-1).values).any(-1).sum().item()
+        rows += lists[..., 0].numel()
+    assert different <= rows / 50
+
+
+def test_the_recorded_activations_have_outliers():
+    for layer in recording().linear:
+        if layer.name.endswith("ffn.net.2"):
+            assert layer.x.abs().max() > 10 * layer.x.square().mean().sqrt()
+    assert all(q.shape == (1, 2, 720, 128) for q, _, _ in recording().attention)

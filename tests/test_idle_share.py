@@ -1,0 +1,46 @@
+"""What `benchmarks.idle_share` calls idle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.idle_share import idle_share, work_intervals
+
+
+@pytest.mark.parametrize(
+    ("intervals", "share"),
+    [
+        ([(0, 10)], 0),
+        ([(0, 4), (6, 10)], 0.2),
+        ([(6, 10), (0, 4)], 0.2),
+        ([(0, 6), (4, 10)], 0),
+        ([(0, 10), (2, 3), (5, 6)], 0),
+        ([(100, 101), (103, 104), (101, 102)], 0.25),
+    ],
+)
+def test_idle_is_what_no_interval_covers(intervals, share):
+    assert idle_share(intervals) == pytest.approx(share)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), min_size=1, max_size=30))
+def test_it_equals_a_count_of_uncovered_units(found):
+    intervals = [(start, start + length) for start, length in found]
+    units = {unit for start, end in intervals for unit in range(start, end)}
+    span = max(units) + 1 - min(units)
+    assert idle_share(intervals) == pytest.approx(1 - len(units) / span)
+
+
+@pytest.mark.parametrize("intervals", [[], [(5, 5)]])
+def test_nothing_recorded_is_an_error(intervals):
+    with pytest.raises(ValueError, match="no interval of any length"):
+        idle_share(intervals)
+
+
+def test_the_profiler_gives_intervals_that_cover_the_work():
+    x = torch.randn(400, 400)
+    intervals = work_intervals(lambda: x @ x, torch.device("cpu"))
+    assert intervals and 0 <= idle_share(intervals) < 0.5
