@@ -85,7 +85,7 @@ CASES = {
 _SPARSE = "sparse-attention{{mode={mode} topk=0.1 block_q=64 block_k=128{pv}}}"
 _FUSED = (
     "canonicalize,fuse-norms,{attention}fuse-qk-norm-rope,quantize-linear{{scheme={scheme}}},"
-    "fuse-norm-quantize,fuse-qkv,fuse-epilogues,hoist-invariants"
+    "fuse-norm-quantize,fuse-qkv,fuse-epilogues{{linear_gelu={linear_gelu}}},hoist-invariants"
 )
 _SAGESLA = _SPARSE.format(mode="sagesla", pv=" pv=fp8") + ","
 PIPELINES = {
@@ -93,10 +93,10 @@ PIPELINES = {
     "fuse-norms": "canonicalize,fuse-norms",
     "fp8-block": "canonicalize,fuse-norms,quantize-linear{scheme=fp8-block},fuse-norm-quantize",
     "int8-block": "canonicalize,fuse-norms,quantize-linear{scheme=int8-block},fuse-norm-quantize",
-    "fused-fp8": _FUSED.format(attention="", scheme="fp8-block"),
+    "fused-fp8": _FUSED.format(attention="", scheme="fp8-block", linear_gelu="true"),
     "sla-bf16": "canonicalize,fuse-norms," + _SPARSE.format(mode="sla", pv=""),
-    "sagesla-fp8": _FUSED.format(attention=_SAGESLA, scheme="fp8-block"),
-    "sagesla-int8": _FUSED.format(attention=_SAGESLA, scheme="int8-block"),
+    "sagesla-fp8": _FUSED.format(attention=_SAGESLA, scheme="fp8-block", linear_gelu="true"),
+    "sagesla-int8": _FUSED.format(attention=_SAGESLA, scheme="int8-block", linear_gelu="false"),
 }
 """Configurations by name. Sparse attention computes another function than dense: what rounds in it
 is judged against `sla-bf16`, which keeps the same share of blocks in 16 bits."""

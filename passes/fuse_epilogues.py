@@ -1,19 +1,24 @@
-"""Fuse what follows a linear layer: activation, gate and residual, with the quantization after it.
+"""Fuse what follows a linear layer or attention: activation, gate, residual, with quantization.
 
     quantize(gelu_tanh(x))                        →  gelu_quantize(x)
+    gelu_quantize(block_linear(q, w, …))          →  linear_gelu_quantize(q, w, …)
+    quantize(norm_rope_sagesla(q, k, v, …))       →  norm_rope_sagesla_quantize(q, k, v, …)
     cast(cast(x, f32) + cast(y, f32) · gate)      →  gated_residual(x, y, gate)
     x + y, where a norm reads the sum             →  gated_residual(x, y)
     s = gated_residual(…); norm_quantize(s, …)    →  s, q, scale = residual_norm_quantize(…)
 
-The same formulas with a wider intermediate: gelu is no longer rounded to 16 bits before its 8-bit
-rounding, in which one bit of that decides now and then, so its two forms are compared on x cast to
-float32. The norms read the residual stream as it is stored, and all else that reads it still does.
+The same formulas with a wider intermediate: what gelu and attention give, and what gelu is given by
+a layer, is no longer rounded to 16 bits before its 8-bit rounding, in which one bit of that decides
+now and then, so the two forms are compared on operands cast to float32. The norms read the residual
+stream as it is stored, and all else that reads it still does. Attention and a layer with its gelu
+are fused where a scale belongs to one token: a block of 128 tokens (`int8-block`) is more than a
+program of attention, or a warp of the product, holds.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +62,10 @@ class FuseEpilogues(Pass):
 
     class Options(PassOptions):
         gelu: bool = Field(True, description="let gelu write the quantized activation")
+        linear_gelu: bool = Field(
+            False, description="let the layer before gelu write its quantized result itself"
+        )
+        attention: bool = Field(True, description="let attention write the quantized activation")
         residual: bool = Field(True, description="add a branch to the stream, gated, in one step")
         residual_norm: bool = Field(
             True, description="quantize the norm of the stream as the branch is added"
@@ -68,6 +77,16 @@ class FuseEpilogues(Pass):
         if options.gelu:
             results.append(
                 rewrite_each(program, context, match_gelu, emit_gelu, observe, in_float32)
+            )
+        if options.linear_gelu:
+            results.append(
+                rewrite_each(
+                    program, context, match_linear_gelu, emit_linear_gelu, observe, layer_in_float32
+                )
+            )
+        if options.attention:
+            results.append(
+                rewrite_each(program, context, match_attention, emit_attention, observe, in_float32)
             )
         if options.residual:
             results.append(rewrite_each(program, context, match_residual, emit_residual))
@@ -97,16 +116,68 @@ def emit_gelu(found: Found, editor: Editor) -> Node:
     return editor.call(ops.gelu_quantize.default, found.inputs[0], found.parts["scheme"])
 
 
+def match_linear_gelu(node: Node, denoiser: Denoiser) -> Found | Miss | None:
+    """A quantized gelu of a layer that is read by it alone, scales belonging to one token."""
+    if not is_call(node, ops.gelu_quantize.default):
+        return None
+    layer, scheme = named_args(node).values()
+    if not is_call(layer, ops.block_linear.default):
+        return None
+    arguments = named_args(layer)
+    if arguments["scheme"] != scheme:
+        return Miss(f"the layer is {arguments['scheme']} and its result {scheme}")
+    if SCHEMES[scheme].activation_block[0] > 1:
+        return Miss(f"a scale of {scheme} spans more tokens than a warp of the product holds")
+    if only_user(layer) is not node:
+        return Miss("the layer's 16-bit result is read by another operator too")
+    inputs = (arguments["q"], arguments["q_scale"])
+    return Found(node, node, inputs, {"arguments": arguments})
+
+
+def emit_linear_gelu(found: Found, editor: Editor) -> Node:
+    return editor.call(ops.linear_gelu_quantize.default, *found.parts["arguments"].values())
+
+
+def layer_in_float32(found: Found, new: Node, editor: Editor) -> Sequence[tuple[Node, Node]]:
+    """Both forms with sums and bias in float32."""
+    arguments = {**found.parts["arguments"], "dtype": torch.float32}
+    if arguments["bias"] is not None:
+        arguments["bias"] = editor.call(aten.to.dtype, arguments["bias"], torch.float32)
+    layer = editor.call(ops.block_linear.default, *arguments.values())
+    before = editor.call(ops.gelu_quantize.default, layer, arguments["scheme"])
+    return [(before, editor.call(new.target, *arguments.values()))]  # type: ignore[arg-type]
+
+
+def match_attention(node: Node, denoiser: Denoiser) -> Found | Miss | None:
+    """A quantization by token whose input is 8-bit attention for that alone."""
+    if not is_call(node, ops.quantize_activation.default):
+        return None
+    attention, scheme = named_args(node).values()
+    if not is_call(attention, ops.norm_rope_sagesla.default):
+        return None
+    if SCHEMES[scheme].activation_block[0] > 1:
+        return Miss(f"a scale of {scheme} spans more tokens than attention holds at once")
+    if only_user(attention) is not node:
+        return Miss("the attention's 16-bit result is read by a layer that is not quantized")
+    arguments = tuple(named_args(attention).values())
+    return Found(node, node, arguments[:3], {"arguments": (*arguments, scheme)})
+
+
+def emit_attention(found: Found, editor: Editor) -> Node:
+    return editor.call(ops.norm_rope_sagesla_quantize.default, *found.parts["arguments"])
+
+
 def in_float32(found: Found, new: Node, editor: Editor) -> Sequence[tuple[Node, Node]]:
-    """Both forms on x cast to float32."""
-    scheme = found.parts["scheme"]
-    x, its_x = (
-        editor.call(aten.to.dtype, source, torch.float32)
-        for source in (found.inputs[0], new.args[0])
-    )
-    gelu = editor.call(aten.gelu.default, x, approximate="tanh")
-    before = editor.call(ops.quantize_activation.default, gelu, scheme)
-    return [(before, editor.call(new.target, its_x, *new.args[1:]))]  # type: ignore[arg-type]
+    """Both forms on operands cast to float32."""
+
+    def wide(operands: Sequence[Any]) -> Iterator[Any]:
+        for x in operands:
+            yield editor.call(aten.to.dtype, x, torch.float32) if isinstance(x, Node) else x
+
+    source, scheme = named_args(found.output).values()
+    unquantized = editor.call(source.target, *wide(source.args), **source.kwargs)
+    before = editor.call(ops.quantize_activation.default, unquantized, scheme)
+    return [(before, editor.call(new.target, *wide(new.args)))]  # type: ignore[arg-type]
 
 
 def match_residual(node: Node, denoiser: Denoiser) -> Found | Miss | None:

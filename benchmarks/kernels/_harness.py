@@ -1,23 +1,17 @@
 """Measure kernels: ceilings, timing, correctness, and the records they make.
 
-Times are medians between device events. Launches rotate among input sets that together exceed the
-cache, so that every launch reads device memory. Python launches a kernel in about 100 µs, longer
-than a small one runs: so several launches are recorded in one CUDA graph, and a replay's time is
-divided by their number. Calls that cannot be recorded are timed one by one. Without a GPU, `dry`
-runs the same code on tiny shapes by the wall clock: it proves that the scripts run, and its numbers
-mean nothing.
+Times are those of `turbo_opt.kernels.timing`. Without a GPU, `dry` runs the same code on tiny
+shapes by the wall clock: it proves that the scripts run, and its numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import math
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -25,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.results import Ceiling, Record, current_commit, today
-from turbo_opt.kernels import Choice, KernelError, force_provider, operator
+from turbo_opt.kernels import Choice, force_provider, operator
+from turbo_opt.kernels.timing import InputSet, Timing, gpu_times, input_sets, wall_times
 
 ROWS = [
     (32760, 1536),
@@ -40,23 +35,9 @@ LINEARS = [  # (tokens, in_features, out_features)
     (75600, 13824, 5120),
 ]
 ATTENTION = [(12, 32760), (40, 75600)]  # (heads, tokens) of the same models
-SETS_BYTES = 256 * 2**20  # rotate over at least this much: several times the largest L2
 WARMUP = 5
-GRAPH_MS, MOST_LAUNCHES = 5.0, 256  # how long a graph should take, and what it holds at most
-LONGEST_MS, FEWEST_RUNS = 4000.0, 5  # of all runs together, unless that makes them too few
 
 DENSE_ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-
-InputSet = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds: median, and half the interquartile range."""
-
-    ms: float
-    spread_ms: float
-    runs: int
 
 
 @dataclass
@@ -149,52 +130,14 @@ class Session:
 
     def input_sets(self, make: Callable[[], InputSet]) -> list[InputSet]:
         """As many fresh input sets as exceed the cache, at least two."""
-        first = make()
-        size = sum(x.numel() * x.element_size() for x in first if isinstance(x, torch.Tensor))
-        count = 2 if self.dry else max(2, min(16, -(-SETS_BYTES // size)))
-        return [first, *(make() for _ in range(count - 1))]
+        return [make(), make()] if self.dry else input_sets(make)
 
     def time(self, call: Callable[..., object], sets: Sequence[InputSet]) -> Timing:
         """Time `call(*inputs)`, rotating over the input sets."""
         for index in range(1 if self.dry else WARMUP):
             call(*sets[index % len(sets)])
-        if self.dry:
-            times = self._by_wall_clock(call, sets)
-        else:
-            times = self._by_graph(call, sets) or self._by_events(call, sets)
-        low, _, high = quantiles(times, n=4)
-        return Timing(median(times), (high - low) / 2, len(times))
-
-    def _by_graph(self, call: Callable[..., object], sets: Sequence[InputSet]) -> list[float]:
-        """Milliseconds of a launch, a mean over each replay; nothing if it cannot be recorded."""
-        once = min(_between_events([lambda inputs=inputs: call(*inputs) for inputs in sets]))  # type: ignore[misc]
-        rounds = max(1, min(round(GRAPH_MS / (once * len(sets))), MOST_LAUNCHES // len(sets)))
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                for _ in range(rounds):
-                    for inputs in sets:
-                        call(*inputs)
-        except (RuntimeError, KernelError):
-            torch.cuda.synchronize()
-            return []
-        launches = rounds * len(sets)
-        graph.replay()
-        runs = min(self.runs, max(FEWEST_RUNS, int(LONGEST_MS / (once * launches))))
-        return [each / launches for each in _between_events([graph.replay] * runs)]
-
-    def _by_events(self, call: Callable[..., object], sets: Sequence[InputSet]) -> list[float]:
-        return _between_events(
-            [lambda index=index: call(*sets[index % len(sets)]) for index in range(self.runs)]  # type: ignore[misc]
-        )
-
-    def _by_wall_clock(self, call: Callable[..., object], sets: Sequence[InputSet]) -> list[float]:
-        times = []
-        for index in range(self.runs):
-            start = time.perf_counter()
-            call(*sets[index % len(sets)])
-            times.append((time.perf_counter() - start) * 1e3)
-        return times
+        times = wall_times if self.dry else gpu_times
+        return Timing.of(times(call, sets, self.runs))
 
     def usable(self, name: str, args: InputSet) -> tuple[Choice, list[str]]:
         """The default choice for this call, and every provider but the reference that works."""
@@ -320,19 +263,6 @@ class Session:
                 date=today(),
             )
         )
-
-
-def _between_events(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """Milliseconds of each call on the device; the host does not wait between them."""
-    events = []
-    for call in calls:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        events.append((start, end))
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in events]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -25,15 +26,17 @@ from turbo_opt.kernels.sparse_rules import as_heads, kept_blocks
 EPS = 1e-6
 
 
-def bench(session: Session) -> None:
-    def make(heads: int, tokens: int) -> InputSet:
-        q, k, v = heads_of_one_product(session, heads, tokens)
-        weights = 1 + torch.randn(2, heads * HEAD_DIM, device=session.device) / 4
-        angle = torch.randn(1, tokens, 1, HEAD_DIM // 2, device=session.device)
-        norms = (*weights, angle.cos(), angle.sin(), EPS)
-        sparsity = (TOPK, BLOCK_Q, BLOCK_K, "softmax", "fp8")
-        return q, k, v, *norms, *projection(session), *sparsity
+def arguments(session: Session, heads: int, tokens: int) -> InputSet:
+    """Those of norm_rope_sagesla, on random projections."""
+    q, k, v = heads_of_one_product(session, heads, tokens)
+    weights = 1 + torch.randn(2, heads * HEAD_DIM, device=session.device) / 4
+    angle = torch.randn(1, tokens, 1, HEAD_DIM // 2, device=session.device)
+    norms = (*weights, angle.cos(), angle.sin(), EPS)
+    sparsity = (TOPK, BLOCK_Q, BLOCK_K, "softmax", "fp8")
+    return q, k, v, *norms, *projection(session), *sparsity
 
+
+def bench(session: Session) -> None:
     def alone(shape: str, sets: list[InputSet], dense: dict[str, Timing]) -> None:
         _, names = session.usable("norm_rope_sagesla", sets[0])
         for each in names:
@@ -41,7 +44,12 @@ def bench(session: Session) -> None:
             _bench_alone(session, label, shape, sets, each, dense)
 
     bench_sparse(
-        session, "norm_rope_sagesla", "sagesla", make, lambda: eight_bit_matmul(session), alone
+        session,
+        "norm_rope_sagesla",
+        "sagesla",
+        functools.partial(arguments, session),
+        lambda: eight_bit_matmul(session),
+        alone,
     )
 
 
@@ -70,19 +78,30 @@ def _bench_alone(
 
 def _prepared(args: InputSet, each: str) -> InputSet:
     """q, k, v, o (B, H, L, D), the lists, and the tiles as this provider's kernel reads them."""
-    from turbo_opt.kernels._triton.attention.launch import Blocks, Projection, Rotation, prepare
+    from turbo_opt.kernels._triton.attention.launch import (
+        Blocks,
+        Projection,
+        Rotation,
+        prepare,
+        prepare_on_hopper,
+    )
 
     q, k, v, q_weight, k_weight, cos, sin, eps, weight, bias, *_ = args
     q, k, v, o = (
         as_heads(x, HEAD_DIM)
         for x in (q, k, v, torch.empty(q.shape, dtype=q.dtype, device=q.device))
     )
-    ready = prepare(
-        q, k, v, Blocks(TOPK, BLOCK_Q, BLOCK_K),
-        rotation=Rotation(q_weight, k_weight, cos, sin, eps),
-        projection=Projection(weight, bias, "softmax"),
-        int8=True, fp8=True, swizzled=each == "cuda",
-    )  # fmt: skip
+    turned, branch = (
+        Rotation(q_weight, k_weight, cos, sin, eps),
+        Projection(weight, bias, "softmax"),
+    )
+    if each == "cuda":
+        ready = prepare_on_hopper(q, k, v, turned, branch)
+    else:
+        ready = prepare(
+            q, k, v, Blocks(TOPK, BLOCK_Q, BLOCK_K),
+            rotation=turned, projection=branch, int8=True, fp8=True,
+        )  # fmt: skip
     lists = block_routing(ready.q_means, ready.k_means, kept_blocks(TOPK, q.shape[2], BLOCK_K))
     return q, k, v, o, lists, ready
 

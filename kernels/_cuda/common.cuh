@@ -31,6 +31,14 @@ DEVICE Chunk pack(const float (&values)[8]) {
     return chunk;
 }
 
+// The tanh form, x · sigmoid(√(8/π)·(x + 0.044715·x³)).
+DEVICE float gelu(float x) {
+    float power = x * fmaf(-0.1029432397f, x * x, -2.302208198f), e, reciprocal;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(power));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + e));
+    return x * reciprocal;
+}
+
 #if __CUDA_ARCH__ >= 890
 // Four floats as e4m3, the first in the lowest byte.
 DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
@@ -46,6 +54,14 @@ DEVICE float warp_sum(float x) {
     return x;
 }
 
+// The scale of a group of that largest magnitude, and what its values are multiplied by.
+DEVICE float e4m3_step(float largest, float &factor) {
+    largest = fmaxf(largest, 1e-8f);
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(factor) : "f"(largest));
+    factor *= 448.0f;
+    return largest * (1.0f / 448.0f);
+}
+
 // Quantizes 128 channels that lie in 16 neighbouring lanes; returns their scale.
 DEVICE float quantize_group(const float (&values)[8], u32 (&quantized)[2]) {
     float largest = 0.0f;
@@ -54,14 +70,12 @@ DEVICE float quantize_group(const float (&values)[8], u32 (&quantized)[2]) {
 #pragma unroll
     for (int lanes = 8; lanes; lanes >>= 1)
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
-    largest = fmaxf(largest, 1e-8f);
     float factor;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(factor) : "f"(largest));
-    factor *= 448.0f;
+    const float step = e4m3_step(largest, factor);
 #pragma unroll
     for (int i = 0; i < 2; i++)
         quantized[i] = pack_e4m3(values[4 * i] * factor, values[4 * i + 1] * factor,
                                  values[4 * i + 2] * factor, values[4 * i + 3] * factor);
-    return largest * (1.0f / 448.0f);
+    return step;
 }
 #endif

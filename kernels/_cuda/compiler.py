@@ -54,7 +54,7 @@ class Kernel:
             grid: programs along x, and along y if there are two.
             threads: per program.
             arguments: tensors and None are passed as pointers, int as int, Long as long long,
-                float as float.
+                float as float, a ctypes structure by value.
         """
         values = [_argument(value) for value in arguments]
         pointers = (ctypes.c_void_p * len(values))(
@@ -195,6 +195,8 @@ def _argument(value: Any) -> Any:
         return ctypes.c_void_p()
     if isinstance(value, torch.Tensor):
         return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, ctypes.Structure):
+        return value
     if isinstance(value, Long):
         return ctypes.c_longlong(value)
     return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)

@@ -1,16 +1,8 @@
 // Quantize bf16 values to e4m3 in groups of 128 along contiguous rows, after GELU if asked for.
 //
 // A lane takes 8 values, 16 lanes a group; every warp has LOADS chunks of each lane in flight.
-// GELU's tanh form is x · sigmoid(√(8/π)·(x + 0.044715·x³)).
 
 constexpr int LOADS = 4;
-
-DEVICE float gelu(float x) {
-    float power = x * fmaf(-0.1029432397f, x * x, -2.302208198f), e, reciprocal;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(power));
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + e));
-    return x * reciprocal;
-}
 
 extern "C" __global__ void __launch_bounds__(256) quantize_groups(
     const Chunk *x,  // (M, K) bf16, contiguous

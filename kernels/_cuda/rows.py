@@ -11,7 +11,9 @@ from ..schemes import BLOCK
 from .compiler import Kernel, Long, load_kernel
 
 WARPS = 8  # of a program
-LARGEST_ROW_OF_ONE_WARP = 4096  # beyond, two warps share a row if it splits evenly
+PROGRAMS = 4  # that share a multiprocessor
+PROGRAMS_WITH_BRANCH = 2  # twice as much is on its way to each
+STEPS_OF_ONE_WARP = 6  # beyond, two, four or eight warps share a row if it splits evenly
 VALUES_PER_GROUP_PROGRAM = 256 * 4 * 8
 CHANNELS_PER_STEP = 256  # of a warp: 16 bytes per lane
 LARGEST_ROW = 6144  # a row lies packed in a warp's registers
@@ -84,14 +86,17 @@ def process_rows(
     batch, length, channels = rows_BLC.shape
     added = _aligned_rows(branch.y) if branch else None
     gate, gain, bias = _parameters((branch.gate if branch else None, gain, bias), rows_BLC)
-    shared = channels > LARGEST_ROW_OF_ONE_WARP and channels % (2 * CHANNELS_PER_STEP) == 0
-    team = 2 if shared else 1
+    team = _team(channels)
     narrow = any(p is not None and p.dtype is torch.bfloat16 for p in (gate, gain, bias))
     defines = {
         "CHANNELS": channels,
         "WARPS": WARPS,
+        "PROGRAMS": PROGRAMS_WITH_BRANCH if branch else PROGRAMS,
         "TEAM": team,
         "BRANCH": int(branch is not None),
+        "GATE": int(gate is not None),
+        "GAIN": int(gain is not None),
+        "BIAS": int(bias is not None),
         "OUTPUT": 0 if y is None else 2 if y_scale is not None else 1,
         "CENTERED": int(centered),
         "OFFSET": gain_offset,
@@ -138,6 +143,14 @@ def quantize_groups(x: torch.Tensor, *, gelu: bool) -> tuple[torch.Tensor, torch
         kernel = _load("groups.cu", "quantize_groups", x, {"GELU": int(gelu)})
         kernel.launch((programs,), 256, _on_16_bytes(x), q, scale, rows, columns // 8)
     return q, scale
+
+
+def _team(channels: int) -> int:
+    """How many warps share a row, so that each keeps its part in registers."""
+    steps, team = channels // CHANNELS_PER_STEP, 1
+    while steps > STEPS_OF_ONE_WARP and steps % 2 == 0 and team < WARPS:
+        steps, team = steps // 2, 2 * team
+    return team
 
 
 def _load(source: str, name: str, x: torch.Tensor, defines: dict[str, int]) -> Kernel:

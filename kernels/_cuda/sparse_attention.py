@@ -41,25 +41,34 @@ def attend(
     lists: torch.Tensor,
     branch: torch.Tensor | None,
     o_BLHD: torch.Tensor,
+    o_scale: torch.Tensor | None = None,
     variant: Variant | None = None,
 ) -> None:
-    """Attend to the listed blocks and write `o_BLHD`, (B, L, H, 128) bfloat16, contiguous.
+    """Attend to the listed blocks and write `o_BLHD`, (B, L, H, 128), contiguous.
 
     Tiles of q, k and v are laid out as sparse_attention.cu says.
+
+    Args:
+        o_BLHD: bfloat16, or e4m3 if there is `o_scale`.
+        o_scale: (B·L, H) float32 with strides (1, B·L).
     """
     chosen = variant or VARIANT
     batch, length, heads, head_dim = o_BLHD.shape
     kernel = load_kernel(
-        "sparse_attention.cu",
+        "common.cuh+hopper.cuh+sparse_attention.cu",
         "sparse_attention",
         "sm_90a",
         o_BLHD.device.index,
-        (("PER_PROCESSOR", chosen.per_processor), ("STAGES", chosen.stages)),
+        (
+            ("PER_PROCESSOR", chosen.per_processor),
+            ("STAGES", chosen.stages),
+            ("QUANTIZED", int(o_scale is not None)),
+        ),
         _ALIGNMENT + _Q_BYTES + 2 * chosen.stages * _TILE_BYTES,
     )
     queries, blocks, keep = q_int8.shape[1], k_int8.shape[1], lists.shape[-1]
     kernel.launch(
         (queries, batch * heads), THREADS,
-        q_int8, q_scale, k_int8, k_scale, v_fp8, v_scale, lists, branch, o_BLHD,
+        q_int8, q_scale, k_int8, k_scale, v_fp8, v_scale, lists, branch, o_BLHD, o_scale,
         length, heads, queries, blocks, keep, math.log2(math.e) * head_dim**-0.5,
     )  # fmt: skip

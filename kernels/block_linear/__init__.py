@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from .._cuda import linear as cuda_linear
+from .._cuda.compiler import unavailable
 from .._triton.support import unsupported_scheme
 from ..capability import Capability
 from ..checks import ACTIVATION_DTYPES
@@ -40,27 +42,44 @@ def check(
     scheme: str,
     dtype: torch.dtype,
 ) -> None:
+    check_layer("block_linear", q, q_scale, weight, weight_scale, bias, scheme, dtype)
+
+
+def check_layer(
+    operator: str,
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    scheme: str,
+    dtype: torch.dtype,
+) -> None:
+    """Raise OperatorInputError, in the name of `operator`, unless they make a linear layer."""
     rules = scheme_named(scheme)
     if q.dtype is not rules.dtype or weight.dtype is not rules.dtype:
         raise OperatorInputError(
-            f"block_linear: {scheme} takes q and weight in {rules.dtype}, got {q.dtype} and "
+            f"{operator}: {scheme} takes q and weight in {rules.dtype}, got {q.dtype} and "
             f"{weight.dtype}"
         )
     if dtype not in ACTIVATION_DTYPES:
         raise OperatorInputError(
-            f"block_linear: dtype must be bfloat16, float16 or float32, got {dtype}"
+            f"{operator}: dtype must be bfloat16, float16 or float32, got {dtype}"
         )
     if weight.ndim != 2 or q.ndim == 0 or q.shape[-1] != weight.shape[1]:
         raise OperatorInputError(
-            f"block_linear: q must be (…, K) and weight (N, K), got {tuple(q.shape)} and "
+            f"{operator}: q must be (…, K) and weight (N, K), got {tuple(q.shape)} and "
             f"{tuple(weight.shape)}"
         )
     out_features, in_features = weight.shape
     check_in_features(in_features, rules)
-    _check_scale("weight_scale", weight_scale, (blocks(out_features), in_features // BLOCK))
+    _check_scale(
+        operator, "weight_scale", weight_scale, (blocks(out_features), in_features // BLOCK)
+    )
     rows_per_block = rules.activation_block[0]
     tokens = q.numel() // in_features
     _check_scale(
+        operator,
         "q_scale",
         q_scale,
         ((tokens + rows_per_block - 1) // rows_per_block, in_features // BLOCK),
@@ -68,20 +87,20 @@ def check(
     if bias is not None:
         if bias.dtype is not torch.float32 and bias.dtype is not dtype:
             raise OperatorInputError(
-                f"block_linear: bias must be float32 or {dtype} as the output is, got {bias.dtype}"
+                f"{operator}: bias must be float32 or {dtype} as the output is, got {bias.dtype}"
             )
         if bias.ndim != 1 or bias.shape[0] != out_features:
             raise OperatorInputError(
-                f"block_linear: bias must have shape ({out_features},), got {tuple(bias.shape)}"
+                f"{operator}: bias must have shape ({out_features},), got {tuple(bias.shape)}"
             )
 
 
-def _check_scale(name: str, scale: torch.Tensor, shape: tuple[int, int]) -> None:
+def _check_scale(operator: str, name: str, scale: torch.Tensor, shape: tuple[int, int]) -> None:
     """A symbolic number of tokens is left to be checked when the program runs."""
     known = all(isinstance(size, int) for size in (*scale.shape, *shape))
     if scale.dtype is not torch.float32 or scale.ndim != 2 or (known and scale.shape != shape):
         raise OperatorInputError(
-            f"block_linear: {name} must be float32 of shape {tuple(shape)}, got {scale.dtype} of "
+            f"{operator}: {name} must be float32 of shape {tuple(shape)}, got {scale.dtype} of "
             f"shape {tuple(scale.shape)}"
         )
 
@@ -133,9 +152,17 @@ def torch_supports(capability: Capability, call: BlockLinearCall) -> str | None:
     return None
 
 
+def cuda_supports(capability: Capability, call: BlockLinearCall) -> str | None:
+    """linear.cu."""
+    return cuda_linear.unsupported(capability, call.scheme, call.dtype, call.out_features)
+
+
 def prefer(capability: Capability, call: BlockLinearCall, names: Sequence[str]) -> Sequence[str]:
-    """torch's library calls before Triton; the reference last, but on a CPU before Triton."""
-    last = (REFERENCE, "triton") if capability.is_cpu else ("triton", REFERENCE)
+    """torch's library calls before Triton; the reference last, but on a CPU before Triton.
+
+    CUDA, which has not been measured, comes after Triton.
+    """
+    last = (REFERENCE, "triton", "cuda") if capability.is_cpu else ("triton", "cuda", REFERENCE)
     return [*(name for name in names if name not in last), *last]
 
 
@@ -152,6 +179,7 @@ BLOCK_LINEAR = Operator(
     providers=[
         Provider("torch", f"{__name__}.torch_library", torch_supports),
         Provider("triton", f"{__name__}.triton", triton_supports, requires="triton"),
+        Provider("cuda", f"{__name__}.cuda", cuda_supports, unavailable=unavailable),
     ],
     prefer=prefer,
 )

@@ -7,74 +7,47 @@ q and k are quantized as they are normalized; nothing is transposed or rounded t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 from .._cuda.compiler import unavailable
 from ..capability import Capability
 from ..checks import check_activation, check_channels, check_rotation
 from ..operator import Operator, Provider
+from ..sagesla import check_as as check_sagesla
 from ..sagesla import cuda_supports as sagesla_on_cuda
+from ..sagesla import describe as describe_sagesla
 from ..sagesla import triton_supports as sagesla_on_triton
-from ..sparse_rules import (
-    SparseAttentionCall,
-    as_heads,
-    check_heads,
-    check_projection,
-    check_pv,
-    check_sparsity,
-)
+from ..sparse_rules import SparseAttentionCall, as_heads
 
 
-def check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    eps: float,
-    proj_weight: torch.Tensor | None,
-    proj_bias: torch.Tensor | None,
-    topk: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-    pv: str,
-) -> None:
-    name = "norm_rope_sagesla"
+def check(*arguments: Any) -> None:
+    check_as("norm_rope_sagesla", *arguments)
+
+
+def check_as(operator: str, *arguments: Any) -> None:
+    """As `check`, in the name of an operator that takes these arguments among others."""
+    q, k, v, q_weight, k_weight, cos, sin, _, *attention = arguments
     for x, weight in ((q, q_weight), (k, k_weight)):
-        check_activation(name, x, rank=3)
-        check_channels(name, "weight", weight, x)
-        check_rotation(name, cos, sin, x)
-    head_dim = 2 * cos.shape[-1]
-    check_activation(name, v, rank=3)
-    check_heads(name, *(as_heads(x, head_dim) for x in (q, k, v)))
-    check_projection(name, proj_weight, proj_bias, head_dim)
-    check_sparsity(name, topk, block_q, block_k, feature_map)
-    check_pv(name, pv)
+        check_activation(operator, x, rank=3)
+        check_channels(operator, "weight", weight, x)
+        check_rotation(operator, cos, sin, x)
+    check_activation(operator, v, rank=3)
+    check_sagesla(operator, *_heads(q, k, v, cos), *attention)
 
 
-def describe(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    eps: float,
-    proj_weight: torch.Tensor | None,
-    proj_bias: torch.Tensor | None,
-    topk: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-    pv: str,
-) -> tuple[int, SparseAttentionCall]:
-    head_dim, projected = 2 * cos.shape[-1], proj_weight is not None
-    call = SparseAttentionCall(head_dim, q.dtype, block_q, block_k, feature_map, projected, pv)
-    return q.shape[-1], call
+def describe(*arguments: Any) -> tuple[int, SparseAttentionCall]:
+    q, k, v, _, _, cos, _, _, *attention = arguments
+    return q.shape[-1], describe_sagesla(*_heads(q, k, v, cos), *attention)
+
+
+def _heads(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """q, k and v as sagesla takes them, (B, H, L, D)."""
+    return (as_heads(x, 2 * cos.shape[-1]) for x in (q, k, v))
 
 
 def fake(q: torch.Tensor, *_: object) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""norm_rope_sagesla whose attention kernel is written in CUDA for Hopper; the rest is Triton's."""
+"""norm_rope_sagesla by CUDA kernels for Hopper; Triton's choose blocks and sum over parts."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..norm_rope.reference import norm_rope_in_float
@@ -9,7 +11,11 @@ from ..sagesla.reference import sagesla
 from ..sparse_rules import as_heads
 
 
-def norm_rope_sagesla(
+def norm_rope_sagesla(q: torch.Tensor, *others: Any) -> torch.Tensor:
+    return norm_rope_sagesla_in_float(q, *others).to(q.dtype)
+
+
+def norm_rope_sagesla_in_float(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -26,10 +32,11 @@ def norm_rope_sagesla(
     feature_map: str,
     pv: str,
 ) -> torch.Tensor:
+    """(B, L, H·D) float32, not rounded."""
     q_BHLD = norm_rope_in_float(q, q_weight, cos, sin, eps).transpose(1, 2)
     k_BHLD = norm_rope_in_float(k, k_weight, cos, sin, eps).transpose(1, 2)
     v_BHLD = as_heads(v, q_BHLD.shape[-1])
     o_BHLD = sagesla(
         q_BHLD, k_BHLD, v_BHLD, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv
     )
-    return o_BHLD.transpose(1, 2).flatten(2).to(q.dtype)
+    return o_BHLD.transpose(1, 2).flatten(2)

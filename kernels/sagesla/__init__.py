@@ -9,6 +9,8 @@ Sources: SLA, arXiv 2509.24006; SageAttention2, arXiv 2411.10958.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .._cuda.compiler import unavailable
@@ -16,62 +18,27 @@ from .._cuda.sparse_attention import unsupported as unsupported_on_cuda
 from .._triton.support import unsupported_device
 from ..capability import Capability
 from ..operator import Operator, Provider
-from ..sparse_rules import (
-    SparseAttentionCall,
-    check_heads,
-    check_projection,
-    check_pv,
-    check_sparsity,
-    empty_heads,
-)
+from ..sla import SparseArguments
+from ..sparse_rules import SparseAttentionCall, check_pv, empty_heads
 
 
-def check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    proj_weight: torch.Tensor | None,
-    proj_bias: torch.Tensor | None,
-    topk: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-    pv: str,
-) -> None:
-    check_heads("sagesla", q, k, v)
-    check_projection("sagesla", proj_weight, proj_bias, q.shape[-1])
-    check_sparsity("sagesla", topk, block_q, block_k, feature_map)
-    check_pv("sagesla", pv)
+def check(*arguments: Any) -> None:
+    check_as("sagesla", *arguments)
 
 
-def describe(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    proj_weight: torch.Tensor | None,
-    proj_bias: torch.Tensor | None,
-    topk: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-    pv: str,
-) -> SparseAttentionCall:
-    projected = proj_weight is not None
-    return SparseAttentionCall(q.shape[-1], q.dtype, block_q, block_k, feature_map, projected, pv)
+def check_as(operator: str, *arguments: Any) -> None:
+    """As `check`, in the name of an operator that makes these arguments of its own."""
+    *shared, pv = arguments
+    SparseArguments(*shared).check(operator)
+    check_pv(operator, pv)
 
 
-def fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    proj_weight: torch.Tensor | None,
-    proj_bias: torch.Tensor | None,
-    topk: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-    pv: str,
-) -> torch.Tensor:
+def describe(*arguments: Any) -> SparseAttentionCall:
+    *shared, pv = arguments
+    return SparseArguments(*shared).describe(pv)
+
+
+def fake(q: torch.Tensor, *_: object) -> torch.Tensor:
     return empty_heads(q)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..schemes import SMALLEST_AMAX
@@ -35,18 +37,26 @@ def sagesla(
     q32, k32, v32 = q.float(), k.float(), v.float()
     smooth = k32 - k32.mean(2, keepdim=True)
     lists = route(q32, smooth, topk, block_q, block_k)
-    q_rounded, k_rounded = through_int8(q32, 1), through_int8(smooth, block_k)
-    if pv == "fp8":
-        o = sparse_attention(
-            q_rounded, k_rounded, v_through_fp8(v32), lists, block_q, block_k, p_through_fp8
-        )
-    else:
-        o = sparse_attention(
-            q_rounded, k_rounded, v32, lists, block_q, block_k, lambda p: p.to(v.dtype).float()
-        )
+    q_rounded, k_rounded, v_rounded, round_p = round_operands(q32, smooth, v, block_k, pv)
+    o = sparse_attention(q_rounded, k_rounded, v_rounded, lists, block_q, block_k, round_p)
     if proj_weight is not None:
         o = o + projected(linear_attention(q32, k32, v32, feature_map), proj_weight, proj_bias)
     return empty_heads(q).copy_(o)
+
+
+def round_operands(
+    q: torch.Tensor, smooth: torch.Tensor, v: torch.Tensor, block_k: int, pv: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """What SageAttention multiplies, in float32: q, smoothed k and v as rounded; P's rounding.
+
+    Args:
+        q, smooth: (B, H, L, D) float32, k less its mean token.
+        v: (B, H, L, D) in the dtype that P and v have with `pv="16bit"`.
+    """
+    q_rounded, k_rounded = through_int8(q, 1), through_int8(smooth, block_k)
+    if pv == "fp8":
+        return q_rounded, k_rounded, v_through_fp8(v.float()), p_through_fp8
+    return q_rounded, k_rounded, v.float(), lambda p: p.to(v.dtype).float()
 
 
 def through_int8(x_BHLD: torch.Tensor, block: int) -> torch.Tensor:

@@ -9,6 +9,8 @@ Source: SLA, arXiv 2509.24006, in the form of the released TurboWan weights.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 
 from .._triton.support import unsupported_device
@@ -23,48 +25,42 @@ from ..sparse_rules import (
 )
 
 
-def check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    proj_weight: torch.Tensor | None,
-    proj_bias: torch.Tensor | None,
-    topk: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-) -> None:
-    check_heads("sla", q, k, v)
-    check_projection("sla", proj_weight, proj_bias, q.shape[-1])
-    check_sparsity("sla", topk, block_q, block_k, feature_map)
+class SparseArguments(NamedTuple):
+    """The arguments of `sla`, in the order of its schema; other forms of it begin with the same."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    proj_weight: torch.Tensor | None
+    proj_bias: torch.Tensor | None
+    topk: float
+    block_q: int
+    block_k: int
+    feature_map: str
+
+    def check(self, operator: str) -> None:
+        """Raise, in that operator's name, for arguments that it does not define."""
+        check_heads(operator, self.q, self.k, self.v)
+        check_projection(operator, self.proj_weight, self.proj_bias, self.q.shape[-1])
+        check_sparsity(operator, self.topk, self.block_q, self.block_k, self.feature_map)
+
+    def describe(self, pv: str | None = None) -> SparseAttentionCall:
+        """What the choice of a provider depends on, with P and v in 16 bits or in that format."""
+        q, projected = self.q, self.proj_weight is not None
+        return SparseAttentionCall(
+            q.shape[-1], q.dtype, self.block_q, self.block_k, self.feature_map, projected, pv
+        )
 
 
-def describe(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    proj_weight: torch.Tensor | None,
-    proj_bias: torch.Tensor | None,
-    topk: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-) -> SparseAttentionCall:
-    projected = proj_weight is not None
-    return SparseAttentionCall(q.shape[-1], q.dtype, block_q, block_k, feature_map, projected)
+def check(*arguments: Any) -> None:
+    SparseArguments(*arguments).check("sla")
 
 
-def fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    proj_weight: torch.Tensor | None,
-    proj_bias: torch.Tensor | None,
-    topk: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-) -> torch.Tensor:
+def describe(*arguments: Any) -> SparseAttentionCall:
+    return SparseArguments(*arguments).describe()
+
+
+def fake(q: torch.Tensor, *_: object) -> torch.Tensor:
     return empty_heads(q)
 
 

@@ -86,13 +86,34 @@ def sparse_attention(
     for first in range(0, q_blocks.shape[2], QUERY_BLOCKS_AT_ONCE):
         some = slice(first, first + QUERY_BLOCKS_AT_ONCE)
         chosen = lists[:, :, some].long()
-        k_kept, v_kept = _gather(k_blocks, chosen), _gather(v_blocks, chosen)
+        k_kept, v_kept = gather_blocks(k_blocks, chosen), gather_blocks(v_blocks, chosen)
         token = chosen[..., None] * block_k + torch.arange(block_k, device=q.device)
-        s = q_blocks[:, :, some] @ k_kept.transpose(-1, -2) * head_dim**-0.5
-        s = s.masked_fill((token >= length).flatten(-2)[..., None, :], -torch.inf)
-        p = (s - s.amax(-1, keepdim=True)).exp()
-        o_blocks[:, :, some] = round_p(p) @ v_kept / p.sum(-1, keepdim=True)
+        hidden = (token >= length).flatten(-2)[..., None, :]
+        o_blocks[:, :, some] = softmax_attention(
+            q_blocks[:, :, some], k_kept, v_kept, head_dim**-0.5, round_p, hidden
+        )
     return o_blocks.flatten(2, 3)[:, :, :length]
+
+
+def softmax_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    round_p: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax(scale · q·kᵀ)·v of (…, L, D), in float32.
+
+    Args:
+        round_p: as for `sparse_attention`.
+        hidden: True for each key that is not attended to.
+    """
+    s = q @ k.transpose(-1, -2) * scale
+    if hidden is not None:
+        s = s.masked_fill(hidden, -torch.inf)
+    p = (s - s.amax(-1, keepdim=True)).exp()
+    return round_p(p) @ v / p.sum(-1, keepdim=True)
 
 
 def linear_attention(
@@ -114,7 +135,7 @@ def projected(
     return torch.nn.functional.linear(o_BHLD, weight.float(), bias)
 
 
-def _gather(blocks_BHNSD: torch.Tensor, chosen_BHQJ: torch.Tensor) -> torch.Tensor:
+def gather_blocks(blocks_BHNSD: torch.Tensor, chosen_BHQJ: torch.Tensor) -> torch.Tensor:
     """The chosen blocks of each query block, joined: (B, H, Q, J·block, D)."""
     batch, heads, queries, kept = chosen_BHQJ.shape
     *_, block, head_dim = blocks_BHNSD.shape

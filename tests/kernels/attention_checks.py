@@ -45,6 +45,33 @@ def masked_attention(q, k, v, kept, block_q, block_k):
     return scores.masked_fill(hidden, -math.inf).softmax(-1) @ v.double()
 
 
+def with_8_bit_operands(q, k, v, kept, block_q, block_k, scale=None):
+    """The sparse branch of one head, query by query in float64, from integers and e4m3 codes."""
+    scale = q.shape[1] ** -0.5 if scale is None else scale
+
+    def e4m3(x):
+        return x.float().to(torch.float8_e4m3fn).double()
+
+    q, k, v = q.double(), k.double(), v.double()
+    smooth = k - k.mean(0)
+    k_int, k_step = torch.empty_like(k), torch.empty_like(k[:, 0])
+    for first in range(0, len(k), block_k):
+        part = slice(first, first + block_k)
+        k_step[part] = smooth[part].abs().max().clamp_min(1e-8) / 127
+        k_int[part] = (smooth[part] / k_step[first]).round()
+    v_step = v.abs().amax(0) / 448
+    v_code = e4m3(v / v_step)
+    o = torch.empty_like(q)
+    for token in range(len(q)):
+        step = q[token].abs().max() / 127
+        q_int = (q[token] / step).round()
+        seen = kept[token // block_q].repeat_interleave(block_k)[: len(k)]
+        scores = (k_int @ q_int) * step * k_step * scale
+        p = (scores[seen] - scores[seen].max()).exp()
+        o[token] = e4m3(448 * p) @ v_code[seen] / 448 * v_step / p.sum()
+    return o
+
+
 def linear_branch(q, k, v, feature_map, eps=1e-5):
     """Each query's weights over all keys, written out: φ(q)·φ(k) / (1e-5 + their sum)."""
 

@@ -112,32 +112,3 @@ def to_int8(x, reciprocal):
     Adding 1.5·2²³ leaves the integer in the low bits of the float.
     """
     return (x * reciprocal + ROUNDING).to(tl.int32, bitcast=True).to(tl.int8)
-
-
-@triton.jit
-def swizzled_chunk(row, chunk, ROW_BYTES: tl.constexpr):
-    """Where a row of 128 or 64 bytes keeps its 16-byte chunk, in sm90's swizzle of that width."""
-    return chunk ^ (row // (128 // ROW_BYTES) % (ROW_BYTES // 16))
-
-
-@triton.jit
-def halves_offsets(row, first_channel, PAIRS: tl.constexpr, SWIZZLED: tl.constexpr):
-    """Offsets in an int8 tile (tokens, 128) of PAIRS channels from `first_channel` on."""
-    pair = tl.arange(0, PAIRS)[None, :]
-    if SWIZZLED:
-        column = first_channel + pair
-        column = swizzled_chunk(row, column // 16, 2 * PAIRS) * 16 + column % 16
-        column = tl.max_contiguous(tl.multiple_of(column, (1, 16)), (1, 16))
-    else:
-        column = first_channel + pair
-    return row * (2 * PAIRS) + column
-
-
-@triton.jit
-def reorder_tokens(v, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """(TOKENS, HEAD_DIM) → (HEAD_DIM, TOKENS), each 16 tokens 8j + 2t + i in the order t, j, i.
-
-    So a thread of sm90's tensor cores finds, in the sums of q·kᵀ that it holds, its operand of P·v.
-    """
-    parts = tl.reshape(v, (TOKENS // 16, 2, 4, 2, HEAD_DIM))
-    return tl.reshape(tl.permute(parts, (4, 0, 2, 1, 3)), (HEAD_DIM, TOKENS))

@@ -1,4 +1,4 @@
-"""Launch sparse-linear attention: prepare q, k and v, choose blocks, attend."""
+"""Launch sparse-linear attention: prepare q, k and v, choose blocks, attend. Dense: all blocks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ...capability import capability_of, multiprocessors
 from ...sparse_rules import block_count, kept_blocks
 from ..support import interpreting
 from ..tuning import fastest
+from .operands import Blocks, Prepared, Projection, Rotation, check_heads_together
 from .prepare import (
     finish_measures,
     finish_state,
@@ -40,39 +41,14 @@ KEYS_TILE = Tile(tokens=16, warps=4, stages=2)
 QUERIES_TILE = Tile(tokens=16, warps=4, stages=2)
 
 
-class Rotation(NamedTuple):
-    """RMSNorm's weights and the rotary tables, for q and k that are still to be normalized."""
-
-    q_weight: torch.Tensor | None
-    k_weight: torch.Tensor | None
-    cos: torch.Tensor  # (1, L, 1, D / 2)
-    sin: torch.Tensor
-    eps: float
-
-
-class Projection(NamedTuple):
-    """The linear branch's feature map and projection."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    feature_map: str
-
-
-class Blocks(NamedTuple):
-    """How sparse, and in which blocks."""
-
-    topk: float
-    q: int
-    k: int
-
-
 class AttentionConfig(NamedTuple):
     """One way to launch the attention kernel."""
 
-    warps: int
+    warps: int  # for each 64 queries
     stages: int
     tma: bool
     registers: int | None = None
+    queries: int | None = None  # a program's, a divisor of the query block; None: the block
 
 
 CONFIGS = (
@@ -80,20 +56,13 @@ CONFIGS = (
     AttentionConfig(warps=4, stages=2, tma=True),
     AttentionConfig(warps=4, stages=2, tma=True, registers=168),  # for three programs to fit
 )
-
-
-class Prepared(NamedTuple):
-    """What the attention kernel reads besides raw q, k and v; None where it is not used."""
-
-    q_int8: torch.Tensor | None
-    q_scale: torch.Tensor | None
-    k_int8: torch.Tensor | None
-    k_scale: torch.Tensor | None
-    v_fp8: torch.Tensor | None
-    v_scale: torch.Tensor | None
-    q_means: torch.Tensor
-    k_means: torch.Tensor
-    branch: torch.Tensor | None
+# More queries read keys less often, fewer leave registers for more programs at a time.
+DENSE_CONFIGS = (
+    *(config._replace(queries=64) for config in CONFIGS),
+    AttentionConfig(warps=4, stages=2, tma=False, queries=128),
+    AttentionConfig(warps=4, stages=2, tma=True, queries=128),
+    AttentionConfig(warps=4, stages=3, tma=True, queries=128),
+)
 
 
 def prepare(
@@ -106,16 +75,15 @@ def prepare(
     projection: Projection | None,
     int8: bool,
     fp8: bool,
-    swizzled: bool = False,
 ) -> Prepared:
     """Everything that has to be known of q, k and v (B, H, L, D) before attending.
 
-    Args:
-        swizzled: lay the 8-bit tiles out as sparse_attention.cu wants them.
+    Without rotation and projection, k and v may have another number of tokens than q.
     """
     batch, heads, length, head_dim = q.shape
+    key_length = k.shape[2]
     all_heads, device, pairs = batch * heads, q.device, head_dim // 2
-    queries, keys = block_count(length, blocks.q), block_count(length, blocks.k)
+    queries, keys = block_count(length, blocks.q), block_count(key_length, blocks.k)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -127,23 +95,16 @@ def prepare(
     k_bounds = new(2, all_heads, keys, head_dim) if int8 else None
     v_amax = torch.empty_like(k_means) if fp8 else None
     measure_keys[(keys, all_heads)](
-        k, v, k_rstd, k_weight, cos, sin, k_means, k_bounds, v_amax, length, heads,
+        k, v, k_rstd, k_weight, cos, sin, k_means, k_bounds, v_amax, key_length, heads,
         *_strides(k), *_strides(v), *table,
         PAIRS=pairs, BLOCK=blocks.k, TOKENS=MEASURE_TILE.tokens,
         num_warps=MEASURE_TILE.warps, num_stages=MEASURE_TILE.stages,
     )  # fmt: skip
-    k_mean, v_scale = new(all_heads, head_dim), new(all_heads, head_dim)
+    k_mean = k_scale = v_scale = None
     if int8 or fp8:
-        finish_measures[(all_heads, 4)](
-            k_means, v_amax, k_mean, v_scale, keys, length,
-            HEAD_DIM=head_dim, BLOCK=blocks.k, CHANNELS=head_dim // 4, ROWS=64, num_warps=4,
-        )  # fmt: skip
+        k_mean, v_scale = finish_means(k_means, v_amax, key_length, blocks.k)
+        k_scale = None if k_bounds is None else finish_scales(k_mean, k_bounds)
     k_int8 = new(all_heads, keys, blocks.k, head_dim, dtype=torch.int8) if int8 else None
-    k_scale = new(all_heads, keys) if int8 else None
-    if int8:
-        scale_keys[(triton.cdiv(keys, 16), all_heads)](
-            k_mean, k_bounds, k_scale, keys, HEAD_DIM=head_dim, ROWS=16, num_warps=4
-        )
     v_fp8 = new(all_heads, keys, head_dim, blocks.k, dtype=torch.float8_e4m3fn) if fp8 else None
     matrix = normalizer = branch = None
     if int8 or fp8 or projection:
@@ -152,21 +113,14 @@ def prepare(
         key_sum = new(all_heads, parts, head_dim) if projection else None
         prepare_keys[(parts, all_heads)](
             k, v, k_rstd, k_weight, cos, sin, k_mean, k_scale, v_scale, k_int8, v_fp8,
-            state, key_sum, length, heads, keys, per_part, *_strides(k), *_strides(v), *table,
+            state, key_sum, key_length, heads, keys, per_part, *_strides(k), *_strides(v), *table,
             PAIRS=pairs, BLOCK=blocks.k, TOKENS=KEYS_TILE.tokens, MAP=feature_map,
-            SWIZZLED=swizzled,
             num_warps=KEYS_TILE.warps, num_stages=KEYS_TILE.stages,
         )  # fmt: skip
         if projection:
-            matrix = new(all_heads, head_dim, head_dim, dtype=q.dtype)
-            normalizer = new(all_heads, head_dim)
+            assert state is not None and key_sum is not None
+            matrix, normalizer = finish_linear(state, key_sum, projection, length, q.dtype)
             branch = new(batch, length, heads, head_dim, dtype=q.dtype)
-            finish_state[(all_heads, head_dim // 16)](
-                state, key_sum, projection.weight.contiguous(), matrix, normalizer, parts,
-                length,
-                HEAD_DIM=head_dim, ROWS=16, PRECISION="ieee" if interpreting() else "tf32x3",
-                num_warps=4,
-            )  # fmt: skip
     q_means = new(batch, heads, queries, head_dim)
     q_int8 = new(all_heads, queries, blocks.q, head_dim, dtype=torch.int8) if int8 else None
     q_scale = new(all_heads, queries, blocks.q) if int8 else None
@@ -176,10 +130,51 @@ def prepare(
         projection.bias if projection else None, branch, length, heads, queries, per_part,
         *_strides(q), *table,
         PAIRS=pairs, BLOCK=blocks.q, TOKENS=QUERIES_TILE.tokens, MAP=feature_map,
-        SWIZZLED=swizzled,
         num_warps=QUERIES_TILE.warps, num_stages=QUERIES_TILE.stages,
     )  # fmt: skip
     return Prepared(q_int8, q_scale, k_int8, k_scale, v_fp8, v_scale, q_means, k_means, branch)
+
+
+def finish_means(
+    k_means: torch.Tensor, v_amax: torch.Tensor | None, length: int, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean key and v's scale, (B·H, D) each, of what is known of blocks (B, H, NK, D)."""
+    batch, heads, blocks, head_dim = k_means.shape
+    k_mean = torch.empty((batch * heads, head_dim), dtype=torch.float32, device=k_means.device)
+    v_scale = torch.empty_like(k_mean)
+    finish_measures[(batch * heads, 4)](
+        k_means, v_amax, k_mean, v_scale, blocks, length,
+        HEAD_DIM=head_dim, BLOCK=block, CHANNELS=head_dim // 4, ROWS=64, num_warps=4,
+    )  # fmt: skip
+    return k_mean, v_scale
+
+
+def finish_scales(k_mean: torch.Tensor, k_bounds: torch.Tensor) -> torch.Tensor:
+    """The int8 scale of each block of keys (B·H, NK), from (2, B·H, NK, D) least and largest."""
+    _, all_heads, blocks, head_dim = k_bounds.shape
+    k_scale = torch.empty((all_heads, blocks), dtype=torch.float32, device=k_mean.device)
+    scale_keys[(triton.cdiv(blocks, 16), all_heads)](
+        k_mean, k_bounds, k_scale, blocks, HEAD_DIM=head_dim, ROWS=16, num_warps=4
+    )
+    return k_scale
+
+
+def finish_linear(
+    state: torch.Tensor,
+    key_sum: torch.Tensor,
+    projection: Projection,
+    length: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The linear branch's matrix (B·H, D, D) of `dtype` and normalizer (B·H, D) from its parts."""
+    all_heads, parts, head_dim, _ = state.shape
+    matrix = torch.empty((all_heads, head_dim, head_dim), dtype=dtype, device=state.device)
+    normalizer = torch.empty((all_heads, head_dim), dtype=torch.float32, device=state.device)
+    finish_state[(all_heads, head_dim // 16)](
+        state, key_sum, projection.weight.contiguous(), matrix, normalizer, parts, length,
+        HEAD_DIM=head_dim, ROWS=16, PRECISION="ieee" if interpreting() else "tf32x3", num_warps=4,
+    )  # fmt: skip
+    return matrix, normalizer
 
 
 def _parts(blocks: int, heads: int, device: torch.device) -> tuple[int, int]:
@@ -194,8 +189,7 @@ def _measure_rms(
     """1 / root mean square of each token's q and k, (B, L) float32 each."""
     batch, heads, length, head_dim = q.shape
     channels = heads * head_dim
-    if any(x.stride(1) != head_dim for x in (q, k)):
-        raise ValueError("the heads of a token must lie together")
+    check_heads_together(q, k)
     rstd = torch.empty((2, batch, length), dtype=torch.float32, device=q.device)
     rows = 4
     measure_rms[(triton.cdiv(length, rows), batch)](
@@ -217,6 +211,7 @@ def sparse_linear_attention(
     int8: bool = False,
     fp8: bool = False,
     cuda: bool = False,
+    o_scale: torch.Tensor | None = None,
 ) -> None:
     """Attend and write `o` (B, H, L, D), which may have any strides but a unit last one.
 
@@ -224,32 +219,83 @@ def sparse_linear_attention(
         q, k, v: (B, H, L, 128), 16 bits, unit stride along D; before normalization and rotation if
             `rotation` is given.
         int8: multiply q and k in int8; fp8: P and v in e4m3.
-        cuda: attend by sparse_attention.cu; it takes 8-bit operands and writes bfloat16 to memory
-            in (B, L, H, D).
+        cuda: prepare and attend by the CUDA kernels; they take bfloat16 in blocks of 64 queries and
+            128 keys, multiply 8-bit operands and write to memory in (B, L, H, D).
+        o_scale: (B·L, H) float32 with strides (1, B·L); `o` is e4m3 then. With `cuda` only.
     """
     if q.numel() == 0:
         return
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    ready = prepare(
-        q, k, v, blocks,
-        rotation=rotation, projection=projection, int8=int8, fp8=fp8, swizzled=cuda,
-    )  # fmt: skip
+    if cuda:
+        ready = prepare_on_hopper(q, k, v, rotation, projection)
+    else:
+        ready = prepare(
+            q, k, v, blocks, rotation=rotation, projection=projection, int8=int8, fp8=fp8
+        )
     keep = kept_blocks(blocks.topk, q.shape[2], blocks.k)
     lists = torch.ops.turbo_opt.block_routing.default(ready.q_means, ready.k_means, keep)
     if cuda:
-        attend_on_hopper(o, lists, ready)
+        attend_on_hopper(o, lists, ready, o_scale)
     else:
         attend_prepared(q, k, v, o, lists, ready, blocks)
 
 
-def attend_on_hopper(o: torch.Tensor, lists: torch.Tensor, ready: Prepared) -> None:
+def dense_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    scale: float | None = None,
+    *,
+    fp8: bool,
+) -> None:
+    """Attend to all keys, q and k in int8, and write `o` as `sparse_linear_attention` does.
+
+    Args:
+        q: (B, H, L, 64 or 128), 16 bits; k, v: as q, of any number of tokens.
+        scale: of q·kᵀ; None: 1/√D.
+        fp8: multiply P and v in e4m3.
+    """
+    if q.numel() == 0:
+        return
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    blocks = Blocks(1.0, 128, _dense_key_block(q.device))
+    ready = prepare(q, k, v, blocks, rotation=None, projection=None, int8=True, fp8=fp8)
+    attend_prepared(q, k, v, o, None, ready, blocks, scale)
+
+
+def _dense_key_block(device: torch.device) -> int:
+    """Keys of a tile: 128 where two in flight fit into shared memory, which is small on sm8x."""
+    capability = capability_of(device)
+    return 64 if capability.kind == "sm" and capability.major in (8, 12) else 128
+
+
+def prepare_on_hopper(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rotation: Rotation | None,
+    projection: Projection | None,
+) -> Prepared:
+    """As `prepare`, by the CUDA kernels, in the tiles that sparse_attention.cu reads."""
+    from ..._cuda import prepare as on_hopper
+
+    return on_hopper.prepare(q, k, v, rotation, projection)
+
+
+def attend_on_hopper(
+    o: torch.Tensor,
+    lists: torch.Tensor,
+    ready: Prepared,
+    o_scale: torch.Tensor | None = None,
+) -> None:
     """The CUDA attention kernel alone, on swizzled tiles."""
     from ..._cuda import sparse_attention
 
     tensors = (
         ready.q_int8, ready.q_scale, ready.k_int8, ready.k_scale, ready.v_fp8, ready.v_scale
     )  # fmt: skip
-    sparse_attention.attend(*tensors, lists, ready.branch, o.transpose(1, 2))  # type: ignore[arg-type]
+    sparse_attention.attend(*tensors, lists, ready.branch, o.transpose(1, 2), o_scale)  # type: ignore[arg-type]
 
 
 def attend_prepared(
@@ -257,33 +303,45 @@ def attend_prepared(
     k: torch.Tensor,
     v: torch.Tensor,
     o: torch.Tensor,
-    lists: torch.Tensor,
+    lists: torch.Tensor | None,
     ready: Prepared,
     blocks: Blocks,
+    scale: float | None = None,
 ) -> None:
-    """The attention kernel alone, on what `prepare` and `block_routing` gave."""
+    """The attention kernel alone, on what `prepare` and `block_routing` gave.
+
+    Args:
+        lists: (B, H, query blocks, kept); None: every key block is kept.
+        scale: of q·kᵀ; None: 1/√D.
+    """
     batch, heads, length, head_dim = q.shape
+    key_length = k.shape[2]
+    queries, keys = block_count(length, blocks.q), block_count(key_length, blocks.k)
+    keep = keys if lists is None else lists.shape[-1]
+    scale = head_dim**-0.5 if scale is None else scale
     int8, fp8 = ready.q_int8 is not None, ready.v_fp8 is not None
     tma_serves = int8 and fp8 and _has_tma(q.device)
 
     def launch(config: AttentionConfig) -> None:
         tma = config.tma and tma_serves
-        attend[(block_count(length, blocks.q), batch * heads)](
+        block_q = config.queries or blocks.q
+        attend[(queries * (blocks.q // block_q), batch * heads)](
             q, ready.q_int8, ready.q_scale,
             _tiles(ready.k_int8, tma) if int8 else k, ready.k_scale,
             _tiles(ready.v_fp8, tma) if fp8 else v, ready.v_scale,
             lists, o, ready.branch,
-            length, heads, lists.shape[-1], math.log2(math.e) * head_dim**-0.5,
+            length, key_length, heads, keep, math.log2(math.e) * scale,
             *_strides(q), *_strides(k), *_strides(v), *_strides(o),
-            HEAD_DIM=head_dim, BLOCK_Q=blocks.q, BLOCK_K=blocks.k,
-            FP8=fp8, TMA=tma, num_warps=config.warps * blocks.q // 64,
+            HEAD_DIM=head_dim, BLOCK_Q=block_q, BLOCK_K=blocks.k,
+            FP8=fp8, TMA=tma, num_warps=config.warps * block_q // 64,
             num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
 
-    configs = [config for config in CONFIGS if tma_serves or not config.tma]
+    name, known = ("dense", DENSE_CONFIGS) if lists is None else ("sparse", CONFIGS)
+    configs = [config for config in known if tma_serves or not config.tma]
     problem = (
-        "sparse attention", q.device, q.dtype, blocks.q, blocks.k, length.bit_length(),
-        lists.shape[-1].bit_length(), int8, fp8, ready.branch is None,
+        f"{name} attention", q.device, q.dtype, head_dim, blocks.q, blocks.k,
+        length.bit_length(), keep.bit_length(), int8, fp8, ready.branch is None,
     )  # fmt: skip
     launch(fastest(problem, configs, launch))
 

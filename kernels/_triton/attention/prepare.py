@@ -14,13 +14,10 @@ import triton.language as tl
 from ..device import block_scale
 from .device import (
     feature_halves,
-    halves_offsets,
     load_halves,
     load_weight,
     normalize_halves,
-    reorder_tokens,
     row_max,
-    swizzled_chunk,
     to_int8,
 )
 
@@ -230,7 +227,6 @@ def prepare_keys(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
     MAP: tl.constexpr,
-    SWIZZLED: tl.constexpr,  # tiles as sparse_attention.cu wants them
 ):
     """Each program takes `per_part` consecutive blocks of one head, TOKENS at a time."""
     HEAD_DIM: tl.constexpr = 2 * PAIRS
@@ -273,20 +269,13 @@ def prepare_keys(
         if k_int8 is not None:
             factor = 1.0 / tl.load(k_scale + place)
             target = k_int8 + (place * BLOCK + within) * HEAD_DIM
-            even_at = halves_offsets(row[:, None], 0, PAIRS, SWIZZLED)
-            odd_at = halves_offsets(row[:, None], PAIRS, PAIRS, SWIZZLED)
-            tl.store(target + even_at, to_int8(tl.where(exists, even - even_mean, 0.0), factor))
-            tl.store(target + odd_at, to_int8(tl.where(exists, odd - odd_mean, 0.0), factor))
+            at = row[:, None] * HEAD_DIM + pair[None, :]
+            tl.store(target + at, to_int8(tl.where(exists, even - even_mean, 0.0), factor))
+            tl.store(target + at + PAIRS, to_int8(tl.where(exists, odd - odd_mean, 0.0), factor))
         if v_fp8 is not None:
             quantized = (v_tile.to(tl.float32) * v_factor).to(v_fp8.dtype.element_ty)
             target = v_fp8 + place * (BLOCK * HEAD_DIM) + channel[:, None] * BLOCK
-            if SWIZZLED:
-                chunk = within // 16 + tl.arange(0, TOKENS)[None, :] // 16
-                at = swizzled_chunk(channel[:, None], chunk, BLOCK) * 16 + row[None, :] % 16
-                at = tl.max_contiguous(tl.multiple_of(at, (1, 16)), (1, 16))
-                tl.store(target + at, reorder_tokens(quantized, TOKENS, HEAD_DIM))
-            else:
-                tl.store(target + within + row[None, :], tl.trans(quantized))
+            tl.store(target + within + row[None, :], tl.trans(quantized))
         if state is not None:
             even, odd, factor = feature_halves(even, odd, MAP)
             factor = (1.0 / factor)[:, None]
@@ -367,7 +356,6 @@ def prepare_queries(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
     MAP: tl.constexpr,
-    SWIZZLED: tl.constexpr,  # tiles as sparse_attention.cu wants them
 ):
     """Each program takes `per_part` consecutive blocks of one head, TOKENS at a time."""
     HEAD_DIM: tl.constexpr = 2 * PAIRS
@@ -417,10 +405,9 @@ def prepare_queries(
             tl.store(q_scale + place * BLOCK + within + row, step)
             factor = (1.0 / step)[:, None]
             target = q_int8 + (place * BLOCK + within) * HEAD_DIM
-            even_at = halves_offsets(row[:, None], 0, PAIRS, SWIZZLED)
-            odd_at = halves_offsets(row[:, None], PAIRS, PAIRS, SWIZZLED)
-            tl.store(target + even_at, to_int8(even, factor))
-            tl.store(target + odd_at, to_int8(odd, factor))
+            at = row[:, None] * HEAD_DIM + pair[None, :]
+            tl.store(target + at, to_int8(even, factor))
+            tl.store(target + at + PAIRS, to_int8(odd, factor))
         if matrix is not None:
             even, odd, factor = feature_halves(even, odd, MAP)
             sums = tl.sum(even * even_normalizer + odd * odd_normalizer, axis=1)

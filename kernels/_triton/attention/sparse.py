@@ -1,6 +1,8 @@
 """Attention of each query block over the key blocks of its list, and the linear branch added.
 
-    o = softmax(q·kᵀ / √D over the kept blocks)·v + branch
+    o = softmax(q·kᵀ · scale over the kept blocks)·v + branch
+
+Without lists every block is kept: dense attention, also to keys of another number than queries.
 
 q and k are int8, with a scale per query and per key block, or 16 bits. P and v are e4m3, v scaled
 per channel, or 16 bits. Softmax runs online in base 2 (Milakov and Gimelshein, arXiv 1805.02867);
@@ -28,9 +30,19 @@ def _load_block(source, place, inner, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 
 
 @triton.jit
+def _block_at(lists, index):
+    """The key block at a place of the list; without one, blocks in order."""
+    if lists is None:
+        block = index
+    else:
+        block = tl.load(lists + index)
+    return block
+
+
+@triton.jit
 def _attend_block(
     acc, largest, total,  # running sum, maximum (base 2) and normalizer of each query
-    q, q_step, block, head_of_all, blocks, length,
+    q, q_step, block, head_of_all, blocks, key_length,
     k, k_scale, v, k_token, v_token, k_inner, v_inner,
     scale,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -47,12 +59,12 @@ def _attend_block(
         channel = tl.arange(0, HEAD_DIM)
         at = token.to(tl.int64)[None, :] * k_token + channel[:, None]
         if MASKED:
-            k_tile = tl.load(k + at, mask=(token < length)[None, :], other=0.0)
+            k_tile = tl.load(k + at, mask=(token < key_length)[None, :], other=0.0)
         else:
             k_tile = tl.load(k + at)
         s = tl.dot(q, k_tile) * scale
     if MASKED:
-        s = tl.where((token < length)[None, :], s, -float("inf"))
+        s = tl.where((token < key_length)[None, :], s, -float("inf"))
     new_largest = tl.maximum(largest, tl.max(s, axis=1))
     shrink = tl.math.exp2(largest - new_largest)
     if FP8:
@@ -67,7 +79,7 @@ def _attend_block(
         channel = tl.arange(0, HEAD_DIM)
         at = token.to(tl.int64)[:, None] * v_token + channel[None, :]
         if MASKED:
-            v_tile = tl.load(v + at, mask=(token < length)[:, None], other=0.0)
+            v_tile = tl.load(v + at, mask=(token < key_length)[:, None], other=0.0)
         else:
             v_tile = tl.load(v + at)
         product = tl.dot(p.to(v_tile.dtype), v_tile)
@@ -83,13 +95,14 @@ def attend(
     k_scale,  # (B·H, NK) float32
     v,  # (B·H, NK, D, BLOCK_K) e4m3; else 16 bits by strides, as q
     v_scale,  # (B·H, D) float32
-    lists,  # (B·H, NQ, keep) int32, ascending
+    lists,  # (B·H, NQ, keep) int32, ascending; or None: every block
     o,  # as q, by strides
     branch,  # (B, L, H, D) of q's dtype, the linear branch's result; or None
     length,
+    key_length,
     heads,
     keep,
-    scale,  # log2(e) / √D
+    scale,  # of q·kᵀ, times log2(e)
     q_batch, q_token, q_head,
     k_batch, k_token, k_head,
     v_batch, v_token, v_head,
@@ -107,7 +120,7 @@ def attend(
     batch = (head_of_all // heads).to(tl.int64)
     head = head_of_all % heads
     queries = tl.num_programs(0)
-    blocks = tl.cdiv(length, BLOCK_K)
+    blocks = tl.cdiv(key_length, BLOCK_K)
     channel = tl.arange(0, HEAD_DIM)
     token = (block_q * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
     exists = (token < length)[:, None]
@@ -128,17 +141,18 @@ def attend(
     acc = tl.zeros((BLOCK_Q, HEAD_DIM), dtype=tl.float32)
     largest = tl.full((BLOCK_Q,), -float("inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    lists += place * keep
+    if lists is not None:
+        lists += place * keep
     # Lists ascend, so that only a row's last block can be the partial one.
     for index in range(keep - 1):
         acc, largest, total = _attend_block(
-            acc, largest, total, q_tile, q_step, tl.load(lists + index), head_of_all, blocks,
-            length, k, k_scale, v, k_token, v_token, k_inner, v_inner, scale,
+            acc, largest, total, q_tile, q_step, _block_at(lists, index), head_of_all, blocks,
+            key_length, k, k_scale, v, k_token, v_token, k_inner, v_inner, scale,
             HEAD_DIM, BLOCK_Q, BLOCK_K, INT8, FP8, TMA, False,
         )  # fmt: skip
     acc, largest, total = _attend_block(
-        acc, largest, total, q_tile, q_step, tl.load(lists + keep - 1), head_of_all, blocks,
-        length, k, k_scale, v, k_token, v_token, k_inner, v_inner, scale,
+        acc, largest, total, q_tile, q_step, _block_at(lists, keep - 1), head_of_all, blocks,
+        key_length, k, k_scale, v, k_token, v_token, k_inner, v_inner, scale,
         HEAD_DIM, BLOCK_Q, BLOCK_K, INT8, FP8, TMA, True,
     )  # fmt: skip
     result = acc / total[:, None]

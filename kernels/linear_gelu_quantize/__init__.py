@@ -1,0 +1,93 @@
+"""The first layer of a feed-forward network, whose result the second reads quantized.
+
+    linear_gelu_quantize(q, w) = quantize_activation(gelu_tanh(dequant(q) · dequant(w)ᵀ + bias))
+
+The sums are neither rounded nor stored before GELU, but by the provider `composed`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .._cuda.compiler import unavailable
+from ..block_linear import BlockLinearCall, check_layer, cuda_supports, describe
+from ..block_linear import fake as fake_layer
+from ..block_quantize import fake as fake_quantization
+from ..capability import Capability
+from ..operator import Operator, Provider
+from ..schemes import check_in_features, scheme_named
+
+
+def check(
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    scheme: str,
+    dtype: torch.dtype,
+) -> None:
+    operands = (q, q_scale, weight, weight_scale, bias, scheme, dtype)
+    check_layer("linear_gelu_quantize", *operands)
+    check_in_features(weight.shape[0], scheme_named(scheme))  # of the layer that reads it
+
+
+def fake(
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    scheme: str,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y = fake_layer(q, q_scale, weight, weight_scale, bias, scheme, dtype)
+    return fake_quantization(y, scheme)
+
+
+def composes(capability: Capability, call: BlockLinearCall) -> str | None:
+    """block_linear and gelu_quantize, each by the provider that it chooses."""
+    return None
+
+
+LINEAR_GELU_QUANTIZE = Operator(
+    name="linear_gelu_quantize",
+    schema=(
+        "(Tensor q, Tensor q_scale, Tensor weight, Tensor weight_scale, Tensor? bias, "
+        "str scheme, ScalarType dtype) -> (Tensor, Tensor)"
+    ),
+    package=__name__,
+    fake=fake,
+    check=check,
+    describe=describe,
+    providers=[
+        Provider("cuda", f"{__name__}.cuda", cuda_supports, unavailable=unavailable),
+        Provider("composed", f"{__name__}.composed", composes),
+    ],
+)
+
+
+def linear_gelu_quantize(
+    q: torch.Tensor,
+    q_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scheme: str = "fp8-block",
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multiply as `block_linear`, take GELU's tanh form, and quantize the result.
+
+    Args:
+        q, q_scale, weight, weight_scale, bias, scheme: as of `block_linear`; N a multiple of 128.
+        dtype: bfloat16, float16 or float32, of the sums where a provider stores them.
+
+    Returns:
+        (…, N) of q's dtype and its float32 scale, laid out as by `quantize_activation`.
+
+    Raises:
+        OperatorInputError: for another dtype or scheme, or shapes that do not fit.
+    """
+    return torch.ops.turbo_opt.linear_gelu_quantize.default(
+        q, q_scale, weight, weight_scale, bias, scheme, dtype
+    )
