@@ -62,13 +62,20 @@ def check_pv(operator: str, pv: str) -> None:
         raise OperatorInputError(f"{operator}: pv must be 'fp8' or '16bit', got {pv!r}")
 
 
-def check_heads(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """q, k and v must be (B, H, L, D) alike, of one 16-bit or float32 dtype."""
+def check_attention_dtypes(
+    operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> None:
+    """q, k and v must share one 16-bit or float32 dtype."""
     if q.dtype not in ACTIVATION_DTYPES or k.dtype is not q.dtype or v.dtype is not q.dtype:
         raise OperatorInputError(
             f"{operator}: q, k and v must share bfloat16, float16 or float32, got "
             f"{q.dtype}, {k.dtype} and {v.dtype}"
         )
+
+
+def check_heads(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """q, k and v must be (B, H, L, D) alike, of one 16-bit or float32 dtype."""
+    check_attention_dtypes(operator, q, k, v)
     fits = q.ndim == k.ndim == v.ndim == 4 and all(
         q.shape[axis] == other.shape[axis] for other in (k, v) for axis in range(4)
     )
@@ -104,3 +111,10 @@ def empty_heads(q: torch.Tensor) -> torch.Tensor:
     """A result of q's shape (B, H, L, D) whose memory is (B, L, H, D): no copy before O."""
     batch, heads, length, head_dim = q.shape
     return q.new_empty((batch, length, heads, head_dim)).transpose(1, 2)
+
+
+def as_empty_heads(o_BHLD: torch.Tensor) -> torch.Tensor:
+    """`o_BHLD` with the strides of `empty_heads`, copied only where its memory is another."""
+    batch, heads, length, head_dim = o_BHLD.shape
+    flat = o_BHLD.transpose(1, 2).reshape(-1)
+    return flat.view(batch, length, heads, head_dim).transpose(1, 2)

@@ -30,12 +30,18 @@ from turbo_opt.ir.edit import module_path
 from turbo_opt.ir.facts import Fact
 from turbo_opt.ir.program import Denoiser, Program
 from turbo_opt.ir.weights import cast
-from turbo_opt.passes._attention import is_dense_attention, unlike_self_attention
+from turbo_opt.passes._attention import (
+    PVFormat,
+    is_dense_attention,
+    is_sage_attention,
+    objection_to_pv,
+    pv_format,
+    unlike_self_attention,
+)
 from turbo_opt.targets import Target
 
 HEAD_DIM = 128
 _HOPPER = (9, 0)
-_FIRST_WITH_FP8 = (8, 9)
 Share = Annotated[float, Field(gt=0, le=1)]
 BlockSize = Literal["auto", 64, 128]
 
@@ -47,7 +53,8 @@ class SparseAttention(Pass):
     numerics = Numerics.RETRAINED
     missing_weights_hint = (
         "it is not tuned for SLA; `proj_l: zero` runs the training-free form, without the "
-        "linear branch"
+        "linear branch; `turbo-opt calibrate sla` tunes a model, or with --closed-form only "
+        "solves its proj_l"
     )
 
     class Options(PassOptions):
@@ -68,7 +75,7 @@ class SparseAttention(Pass):
         feature_map: Literal["softmax", "elu", "relu"] = Field(
             "softmax", description="feature map of the linear branch"
         )
-        pv: Literal["auto", "fp8", "16bit"] = Field(
+        pv: PVFormat = Field(
             "auto",
             description="operands of P·v in sagesla; auto: fp8 on GPUs that have it (sm89 on)",
         )
@@ -87,9 +94,7 @@ class SparseAttention(Pass):
     @classmethod
     def objection_to(cls, options: PassOptions, target: Target) -> str | None:
         assert isinstance(options, cls.Options)
-        if options.pv == "fp8" and not _has_fp8(target):
-            return f"{target.name} cannot run pv fp8, which needs sm89; 16bit runs everywhere"
-        return None
+        return objection_to_pv(options.pv, target)
 
     @classmethod
     def missing_weights(cls, options: PassOptions, program: Program) -> list[str]:
@@ -125,11 +130,13 @@ class _SparseAttention:
         self.skipper = _skipper(program, options.skip)
         self._options = options
         self._blocks = block_sizes(options, target)
-        self._pv = _pv_format(options, target)
+        self._pv = pv_format(options.pv, target)
         self._topk = {denoiser.name: _shares(denoiser, options.topk) for denoiser in program}
 
     def match(self, node: Node, denoiser: Denoiser) -> Found | Miss | None:
         """A dense self-attention without mask."""
+        if is_sage_attention(node):
+            return Miss("it is sage_attention already: sparse-attention goes before that pass")
         if not is_dense_attention(node):
             return None
         objection = unlike_self_attention(node, HEAD_DIM)
@@ -175,17 +182,6 @@ def block_sizes(options: SparseAttention.Options, target: Target | None) -> tupl
         block_q if options.block_q == "auto" else options.block_q,
         block_k if options.block_k == "auto" else options.block_k,
     )
-
-
-def _pv_format(options: SparseAttention.Options, target: Target | None) -> str:
-    if options.pv != "auto":
-        return options.pv
-    return "fp8" if target is not None and _has_fp8(target) else "16bit"
-
-
-def _has_fp8(target: Target) -> bool:
-    capability = target.compute_capability
-    return capability is not None and capability >= _FIRST_WITH_FP8
 
 
 def _shares(denoiser: Denoiser, topk: float | tuple[float, ...]) -> dict[Node, float]:

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from turbo_opt.artifact.verify import verify as verify
     from turbo_opt.compiler.build import build as build
     from turbo_opt.config.loader import load_recipe as load_recipe
+    from turbo_opt.runtime.scheduler import RCMScheduler as RCMScheduler
 
 _LAZY = {
+    "RCMScheduler": "turbo_opt.runtime.scheduler",
     "build": "turbo_opt.compiler.build",
     "load": "turbo_opt.artifact.load",
     "load_recipe": "turbo_opt.config.loader",

@@ -13,9 +13,11 @@ from turbo_opt.ir.program import Denoiser
 _ATTENTION = frozenset(
     {
         "aten.scaled_dot_product_attention.default",
+        "turbo_opt.sage_attention.default",
         "turbo_opt.sla.default",
         "turbo_opt.sagesla.default",
         "turbo_opt.norm_rope_sagesla.default",
+        "turbo_opt.norm_rope_sagesla_quantize.default",
     }
 )
 _NUMBERED = re.compile(r"^(?P<stack>[A-Za-z_][\w]*(?:\.[A-Za-z_]\w*)*)\.(?P<index>\d+)\.")
