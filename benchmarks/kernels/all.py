@@ -23,14 +23,19 @@ BENCHES = [
     "layer_norm_quantize",
     "block_linear",
     "gelu_quantize",
+    "linear_gelu_quantize",
     "gated_residual",
     "residual_adaln_quantize",
     "residual_layer_norm_quantize",
     "norm_rope",
     "block_routing",
     "norm_rope_sagesla",
+    "norm_rope_sagesla_quantize",
     "sagesla",
     "sla",
+    "sage_attention",
+    "block_sparse_attention_backward",
+    "attention_jvp",
 ]
 
 

@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..training.rates import learning_rate
+
 LossFunction = Callable[[], dict[str, Tensor]]
 """Draws a batch and returns named scalars; "loss" is the one that is minimised."""
 
@@ -38,14 +40,6 @@ class Budget:
         """Share of the budget that is used, 0 to 1."""
         share = minutes / self.minutes if self.steps is None else step / self.steps
         return min(1.0, share)
-
-
-def learning_rate(used: float, peak: float, warm_up: float = 0.03, floor: float = 0.01) -> float:
-    """Linear warm-up, then a cosine down to ``floor`` of the peak at the end of the budget."""
-    if used < warm_up:
-        return peak * max(used / warm_up, 1e-3)
-    cosine = 0.5 * (1 + math.cos(math.pi * (used - warm_up) / (1 - warm_up)))
-    return peak * (floor + (1 - floor) * cosine)
 
 
 class TrainingState:

@@ -19,6 +19,8 @@ _COMMANDS = {
     "diff": "turbo_opt.cli.artifacts:diff",
     "passes": "turbo_opt.cli.passes:passes",
     "recipes": "turbo_opt.cli.recipes:recipes",
+    "bench": "turbo_opt.cli.bench:bench",
+    "calibrate": "turbo_opt.cli.calibrate:calibrate",
     "env": "turbo_opt.cli.env:env",
     "reproduce": "turbo_opt.cli.reproduce:reproduce",
     "demo": "turbo_opt.cli.demo:demo",

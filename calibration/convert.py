@@ -1,0 +1,140 @@
+"""Weights from one layout into another: DCP folders, safetensors, and `.pth` of the original Wan.
+
+read    a DCP folder (a checkpoint of a training of ours, or of another program), or anything
+        that turbo_opt.checkpoints reads
+write   FILE.safetensors  diffusers' names
+        FILE.pth          the original Wan's names, the patch embedding as a linear layer, as
+                          TurboDiffusion and rCM read them
+        FOLDER.dcp        DCP, diffusers' names
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+
+from turbo_opt.calibration.training.dcp import METADATA, read_metadata, read_tensors
+from turbo_opt.checkpoints.names import diffusers_name, original_name, without_prefix
+from turbo_opt.checkpoints.reader import read_network
+from turbo_opt.errors import BadInput, unknown
+
+_MODEL, _AVERAGE = "model.", "average."
+_PATCH_EMBEDDING = "patch_embedding.weight"
+_PATCH = (1, 2, 2)
+"""Frames, rows and columns of a patch, in every Wan."""
+WRITTEN = (".safetensors", ".pth", ".dcp")
+
+
+def convert(source: Path, out: Path, network: str = "student", average: bool = True) -> int:
+    """Write the weights of `source` as `out`, by its suffix; returns how many tensors.
+
+    Args:
+        network: which of a training checkpoint's networks.
+        average: of a training checkpoint, its moving average where it has one.
+
+    Raises:
+        BadInput: it cannot be read, has names that the other layout has no word for, or `out` is
+            there already.
+    """
+    check_destination(out)
+    values = read_weights(source, network, average)
+    partial = out.with_name(f".{out.name}.partial")
+    if out.suffix == ".dcp":
+        shutil.rmtree(partial, ignore_errors=True)
+        dcp.save(dict(values), storage_writer=FileSystemWriter(partial), no_dist=True)
+    elif out.suffix == ".pth":
+        torch.save(as_original(values), partial)
+    else:
+        save_file(values, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # safetensors files are born private
+    os.rename(partial, out)
+    return len(values)
+
+
+def check_destination(out: Path) -> None:
+    """Raise BadInput unless `out` is of a kind that is written, and free."""
+    if out.suffix not in WRITTEN:
+        raise BadInput(f"{out}: cannot write {out.suffix or 'no suffix'!r}; use {_listed()}")
+    if os.path.lexists(out):
+        raise BadInput(f"{out}: exists already")
+
+
+def read_weights(source: Path, network: str = "student", average: bool = True) -> dict[str, Tensor]:
+    """The weights of one network under diffusers' names, on the CPU.
+
+    Raises:
+        BadInput: it cannot be read, or two of its tensors have one name.
+    """
+    if not (source / METADATA).is_file():
+        place = source / "transformer" if (source / "transformer").is_dir() else source
+        found = {name: lazy.load() for name, lazy in read_network(place).tensors.items()}
+        return {name: _as_convolution(name, value) for name, value in found.items()}
+    stored = _chosen(source, network, average)
+    metadata = read_metadata(source).state_dict_metadata
+    into = {
+        key: torch.empty(metadata[key].size, dtype=metadata[key].properties.dtype)  # type: ignore[union-attr]
+        for key in stored.values()
+    }
+    read_tensors(source, into)
+    return {name: _as_convolution(name, into[key]) for name, key in stored.items()}
+
+
+def as_original(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the original Wan's names, as TurboDiffusion's `.pth` files have them.
+
+    Raises:
+        BadInput: a weight has no name there.
+    """
+    found = {}
+    for name, value in values.items():
+        original = original_name(name)
+        if original is None:
+            raise BadInput(f"{name}: the original Wan has no such weight")
+        if name == _PATCH_EMBEDDING:
+            value = value.flatten(1)
+        found[original] = value.contiguous()
+    return found
+
+
+def _as_convolution(name: str, value: Tensor) -> Tensor:
+    """A patch embedding stored as a linear layer in the shape that diffusers has it."""
+    if name != _PATCH_EMBEDDING or value.ndim != 2:
+        return value
+    return value.unflatten(1, (-1, *_PATCH))
+
+
+def _chosen(folder: Path, network: str, average: bool) -> dict[str, str]:
+    """Diffusers' name → key of each weight of one network in a DCP folder."""
+    keys = list(read_metadata(folder).state_dict_metadata)
+    networks = sorted({key.partition(".")[0] for key in keys if f".{_MODEL}" in key})
+    ours = [name for name in networks if f"{name}.adamw.updates" in keys]
+    if not ours:
+        return _unique(folder, {key: diffusers_name(without_prefix(key)) for key in keys})
+    if network not in ours:
+        raise BadInput(f"{folder}: {unknown('network', network, ours)}")
+    chosen: dict[str, str] = {}
+    for section in (_MODEL, _AVERAGE) if average else (_MODEL,):
+        prefix = f"{network}.{section}"
+        chosen |= {k.removeprefix(prefix): k for k in keys if k.startswith(prefix)}
+    return chosen
+
+
+def _unique(folder: Path, names: Mapping[str, str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, name in names.items():
+        if name in found:
+            raise BadInput(f"{folder}: {found[name]!r} and {key!r} are both the weight {name!r}")
+        found[name] = key
+    return found
+
+
+def _listed() -> str:
+    return f"{', '.join(WRITTEN[:-1])} or {WRITTEN[-1]}"

@@ -1,0 +1,1 @@
+"""Training data: clips as latents with the embeddings of their captions."""

@@ -1,0 +1,101 @@
+"""Rectified flow as the denoisers are trained: noise levels, noisy latents, timesteps.
+
+x_t = (1 − t)·x₀ + t·ε        the network predicts ε − x₀ from x_t and 1000·t
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turbo_opt.calibration.jobs.schema import Noise
+from turbo_opt.calibration.networks import DenoiserFolder
+from turbo_opt.json_files import read_json
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """Noise levels in [low, high], uniform before t ← s·t / (1 + (s − 1)·t)."""
+
+    shift: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, settings: Noise, folder: DenoiserFolder) -> NoiseLevels:
+        """As a job says, the shift by default that of the model's scheduler."""
+        shift = settings.shift or flow_shift(folder.pipeline.path)
+        return cls(shift, settings.low, settings.high)
+
+    def at(self, u: Tensor) -> Tensor:
+        """t for u in [0, 1], evenly spread before the shift."""
+        low, high = (t / (self.shift - (self.shift - 1) * t) for t in (self.low, self.high))
+        even = low + (high - low) * u
+        return self.shift * even / (1 + (self.shift - 1) * even)
+
+
+def flow_shift(pipeline: Path) -> float:
+    """The shift that a pipeline's scheduler samples with; 1 if it has none."""
+    config = read_json(pipeline / "scheduler" / "scheduler_config.json")
+    return float(config.get("flow_shift") or config.get("shift") or 1.0)
+
+
+def noisy(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t of latents (B, …) at noise levels t (B,)."""
+    level = t.view(-1, *[1] * (latents.ndim - 1))
+    return torch.lerp(latents, noise, level)
+
+
+class Denoiser:
+    """A diffusers denoiser as a function of x, t and text.
+
+    Args:
+        network: with diffusers' call.
+        folder: where it came from.
+    """
+
+    def __init__(self, network: nn.Module, folder: DenoiserFolder) -> None:
+        self.network = network
+        self._patch = tuple(folder.config["patch_size"])
+        self._per_token = bool(folder.pipeline.components.pipeline_config.get("expand_timesteps"))
+
+    def __call__(self, x: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """The predicted velocity, (B, C, F, H, W) float32.
+
+        Args:
+            x: (B, C, F, H, W).
+            t: (B,) in [0, 1].
+            prompt_embeds: (B, T, C_text).
+        """
+        timestep = 1000.0 * t.float()
+        if self._per_token:
+            sides = zip(x.shape[2:], self._patch, strict=True)
+            tokens = math.prod(side // size for side, size in sides)
+            timestep = timestep[:, None].expand(-1, tokens)
+        return self.network(x, timestep, prompt_embeds, return_dict=False)[0].float()
+
+
+class Sampled:
+    """A network as the sampling loop calls it: by autocast, while the sampler stays in float32."""
+
+    def __init__(self, network: nn.Module, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+        self.dtype = torch.float32
+        self.config = config
+        self._network, self._compute = network, dtype
+
+    def __call__(self, hidden_states: Tensor, **inputs: Any) -> Any:
+        """See the network."""
+        with autocast(hidden_states.device, self._compute):
+            return self._network(hidden_states, **inputs)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Products in `dtype`; float32 changes nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16)

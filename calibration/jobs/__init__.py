@@ -1,0 +1,1 @@
+"""Jobs of `turbo-opt calibrate`: their schema, and how they are read."""

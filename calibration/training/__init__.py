@@ -1,0 +1,1 @@
+"""One loop that trains whatever an objective says, on one process or on many."""

@@ -1,0 +1,277 @@
+"""The training loop: batches, gradients, logs, held-out losses, samples and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turbo_opt.calibration.data.batches import Batch, Batches, split
+from turbo_opt.calibration.data.samples import SampleSet
+from turbo_opt.calibration.flow import autocast
+from turbo_opt.calibration.jobs.schema import Job
+from turbo_opt.calibration.training.checkpoints import Checkpoints, read_record
+from turbo_opt.calibration.training.logs import Log
+from turbo_opt.calibration.training.objective import Objective
+from turbo_opt.calibration.training.rates import learning_rate
+from turbo_opt.calibration.training.trainee import Trainee
+from turbo_opt.calibration.training.world import World
+from turbo_opt.errors import BadInput, TurboOptError
+
+CHECKPOINTS = "checkpoints"
+Progress = Callable[[int, int, str], None]
+"""Told (steps done, steps in all, the last loss as text)."""
+Draw = Callable[[int, torch.nn.Module], Mapping[str, float]]
+"""Makes clips with a network after a step; what is measured of them goes to the log."""
+_SAME_SECTIONS = ("job", "teacher", "noise", "sla", "student", "rcm")
+_SAME_KEYS = {
+    "training": ("batch", "seed", "average", "compute_dtype"),
+    "data": ("held_out", "unconditional_share"),
+}
+_EVALUATION_SEED = 1_000_003
+
+
+class Trainer:
+    """Trains an objective on a set of samples.
+
+    Every random choice follows from the job's seed and a sample's position, so a training that was
+    stopped and resumed gives the same weights as one that was not.
+
+    Args:
+        job: what to do.
+        out: folder of checkpoints and logs.
+        objective: what is trained.
+        samples: what it is trained on.
+        draw: makes the clips of the job's `samples`; None makes none.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        out: Path,
+        objective: Objective,
+        samples: SampleSet,
+        world: World,
+        draw: Draw | None = None,
+    ) -> None:
+        self.job, self.out, self.objective, self.world = job, out, objective, world
+        self.trainees = {
+            name: Trainee(network, job.training) for name, network in objective.trained.items()
+        }
+        self.checkpoints = Checkpoints(out / CHECKPOINTS, job.save, world)
+        self.step = 0
+        self._draw = draw
+        self._micro = micro_batch(job, world)
+        trained, self._held_out = split(samples, job.data.held_out)
+        unconditional = job.data.unconditional_share > 0
+        self._batches = Batches(samples, trained, job.training.seed, world.device, unconditional)
+        self._evaluated = Batches(
+            samples, self._held_out, _EVALUATION_SEED, world.device, unconditional
+        )
+        self._samples = samples
+
+    @property
+    def shipped(self) -> Trainee:
+        """The network that is the result."""
+        return self.trainees[self.objective.shipped]
+
+    def resume(self) -> bool:
+        """Take over the newest checkpoint; False if there is none. All processes call.
+
+        Raises:
+            BadInput: it is of another job, or cannot be read.
+        """
+        path = self.checkpoints.latest()
+        if path is None:
+            return False
+        record = read_record(path)
+        _check_same_job(path, record.get("identity"), self._identity())
+        self.checkpoints.load(path, self._tensors())
+        for trainee in self.trainees.values():
+            trainee.loaded()
+        self.step = record["step"]
+        return True
+
+    def run(
+        self, progress: Progress = lambda done, total, note: None
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Train to the last step; returns the held-out scalars of its start and of its end.
+
+        Raises:
+            TurboOptError: the loss or a gradient is not finite; the last checkpoint is whole.
+        """
+        settings, total = self.job.training, self.job.training.steps
+        log = Log(self.out, self.step, self.job.log.tensorboard) if self.world.is_main else None
+        started, first = time.monotonic(), self.step
+        before = scores = self.evaluate()
+        try:
+            if self.step == 0:
+                self._log(log, before)
+            while self.step < total:
+                rate = learning_rate(self.step / total, settings.rate, settings.warm_up)
+                values = self._train_step(rate)
+                self.step += 1
+                progress(self.step, total, f"loss {values['loss']:.4g}")
+                values |= {"rate": rate}
+                values["seconds_per_step"] = (time.monotonic() - started) / (self.step - first)
+                scores = self._after_step(log, values)
+            self.checkpoints.finish()
+        finally:
+            if log is not None:
+                log.close()
+        return before, scores
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Means over the held-out samples, at noise that is the same every time."""
+        if not self._held_out:
+            return {}
+        sums: dict[str, Tensor] = {}
+        count = len(self._held_out)
+        with self.shipped.averaged(self.job.export.average), self._autocast():
+            # All processes run alike: one without a sample of its own takes another's, at weight 0.
+            for first in range(0, count, self.world.data_size):
+                position = first + self.world.data_rank
+                weight = float(position < count)
+                batch = self._evaluated.at([position % count], shuffled=False)
+                for name, value in self.objective.evaluate(batch).items():
+                    sums[name] = sums.get(name, torch.zeros_like(value)) + weight * value
+        times = count * self.world.context_size
+        return {f"held_out_{n}": float(self.world.sum(v)) / times for n, v in sums.items()}
+
+    def _train_step(self, rate: float) -> dict[str, float]:
+        turn = self.objective.turn(self.step)
+        trainee = self.trainees[turn]
+        totals: dict[str, Tensor] = {}
+        seen = []
+        micro_batches = list(self._micro_batches())
+        for batch in micro_batches:
+            with self._autocast():
+                loss = self.objective.loss(batch, turn)
+            # Processes that share a clip hold a part of its gradient each, and FSDP takes the mean.
+            (loss.value * (self.world.context_size / len(micro_batches))).backward()
+            seen.append((batch, float(loss.value.detach())))
+            for name, value in {"loss": loss.value.detach(), **loss.metrics}.items():
+                part = value.detach().float() / len(micro_batches)
+                totals[name] = totals.get(name, torch.zeros_like(part)) + part
+        values = {name: float(self.world.mean(total)) for name, total in totals.items()}
+        if not math.isfinite(values["loss"]):
+            raise TurboOptError(self._where_not_finite("the loss", seen))
+        values["gradient_norm"] = trainee.clip_gradient()
+        if not math.isfinite(values["gradient_norm"]):
+            names = trainee.gradients_not_finite()
+            what = f"the gradient of {', '.join(names[:3]) or 'a weight'}"
+            raise TurboOptError(self._where_not_finite(what, seen))
+        trainee.update(rate)
+        for each in self.trainees.values():  # a loss may reach networks whose turn it is not
+            each.forget_gradient()
+        return values
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        """This process's samples of the step."""
+        share = self.job.training.batch // self.world.data_size
+        first = self.step * self.job.training.batch + self.world.data_rank * share
+        for start in range(first, first + share, self._micro):
+            yield self._batches.at(range(start, start + self._micro))
+
+    def _after_step(self, log: Log | None, values: dict[str, float]) -> dict[str, float]:
+        """Log, evaluate, draw and save what is due; returns held-out scalars, if they are."""
+        job, last = self.job, self.step == self.job.training.steps
+        due = {
+            name: last or self.step % every == 0
+            for name, every in (("log", job.log.every), ("evaluate", job.log.evaluate_every))
+        }
+        scores = self.evaluate() if due["evaluate"] else {}
+        row = {**values, **scores} if due["log"] or scores else {}
+        if self._draw is not None and job.samples and (last or self.step % job.samples.every == 0):
+            with self.shipped.averaged(job.export.average):
+                row |= self._draw(self.step, self.shipped.network)
+        if row:
+            row["broken_samples"] = len(self._samples.broken)
+            self._log(log, row)
+        self.checkpoints.poll()
+        if last or self.step % job.save.every == 0:
+            self.checkpoints.save(self.step, self._tensors(), {"identity": self._identity()})
+        return scores
+
+    def _log(self, log: Log | None, row: Mapping[str, float]) -> None:
+        if log is not None and row:
+            log.add(self.step, row)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": tensor
+            for name, trainee in self.trainees.items()
+            for key, tensor in trainee.tensors().items()
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the job that takes it over."""
+        said = self.job.canonical()
+        identity = {key: said[key] for key in _SAME_SECTIONS if key in said}
+        for section, keys in _SAME_KEYS.items():
+            identity[section] = {key: said[section][key] for key in keys}
+        identity["data"]["samples"] = len(self._samples)
+        return identity
+
+    def _where_not_finite(self, what: str, seen: list[tuple[Batch, float]]) -> str:
+        """The message; all processes call, as all stop."""
+        self.checkpoints.finish()
+        last = self.checkpoints.latest()
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint was saved before"
+        parts = [f"{', '.join(batch.names)} (loss {value:.4g})" for batch, value in seen]
+        return (
+            f"{what} is not finite at step {self.step + 1} of {self.job.training.steps}, on "
+            f"process {self.world.rank}'s samples {'; '.join(parts)}; {kept}. A lower "
+            "training.rate or --resume with other settings may go on from there"
+        )
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return autocast(self.world.device, getattr(torch, self.job.training.compute_dtype))
+
+
+def micro_batch(job: Job, world: World) -> int:
+    """Samples per forward of one process.
+
+    Raises:
+        BadInput: the batch cannot be shared evenly.
+    """
+    batch, wanted = job.training.batch, job.training.micro_batch
+    if batch % world.data_size:
+        raise BadInput(
+            f"training.batch: {batch} samples cannot be shared by {world.data_size} processes; use "
+            "a multiple"
+        )
+    share = batch // world.data_size
+    if wanted is not None and share % wanted:
+        raise BadInput(
+            f"training.micro_batch: {wanted} does not divide the {share} samples of a process"
+        )
+    return wanted or share
+
+
+def _check_same_job(path: Path, theirs: Any, ours: Mapping[str, Any]) -> None:
+    if not isinstance(theirs, dict):
+        raise BadInput(f"{path}: does not say what job it is of")
+    different = [
+        f"{section}.{key}: {then.get(key)!r} then, {now.get(key)!r} now"
+        for section in ours
+        for then, now in [(_mapping(theirs.get(section)), _mapping(ours[section]))]
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
+    if different:
+        raise BadInput(
+            f"{path}: is a checkpoint of another job ({'; '.join(different)}); give this job a "
+            "folder of its own"
+        )
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {"": value}

@@ -1,0 +1,159 @@
+"""`turbo-opt calibrate`: data and tuning from the command line, and what it says when it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from turbo_opt.cli.main import cli
+
+RECIPE = """\
+schema_version: 1
+model: {source: ./teacher, dtype: float32}
+target: cpu
+passes: [canonicalize]
+generate: {height: 64, width: 64, num_frames: 5, num_inference_steps: 2, max_sequence_length: 16}
+"""
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(item) for item in arguments], prog_name="turbo-opt")
+
+
+@pytest.fixture(scope="module")
+def recipe(home: Path) -> Path:
+    path = home / "recipe.yaml"
+    path.write_text(RECIPE)
+    (home / "captions.txt").write_text("a red circle\n\na blue square\n  a green circle \n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def drawn(home: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("drawn") / "samples"
+    result = invoke(
+        *("calibrate", "data", recipe, "--out", out, "--captions", home / "captions.txt"),
+        *("--batch", 2, "--device", "cpu", "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["latents"] == [16, 2, 16, 16]
+    return out
+
+
+def test_drawn_samples_are_what_the_teacher_samples(drawn: Path, home: Path) -> None:
+    import torch
+    from diffusers import WanPipeline
+
+    from turbo_opt.calibration.data.batches import generator_of
+    from turbo_opt.calibration.data.samples import SampleSet
+
+    samples = SampleSet.open(drawn)
+    assert [record.caption for record in samples.index.samples] == [
+        "a red circle", "a blue square", "a green circle"
+    ]  # fmt: skip
+    sample = samples.read(1)
+    assert sample is not None
+    pipeline = WanPipeline.from_pretrained(home / "teacher")
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        prompt="a blue square",
+        height=64,
+        width=64,
+        num_frames=5,
+        num_inference_steps=2,
+        guidance_scale=5.0,
+        max_sequence_length=16,
+        latents=torch.randn(1, 16, 2, 16, 16, generator=generator_of(0, 1)),
+        output_type="latent",
+    ).frames[0]
+    assert (sample.latents - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_stopped_set_is_continued_and_a_finished_one_kept(
+    drawn: Path, home: Path, recipe: Path, tmp_path: Path
+) -> None:
+    arguments = (
+        "calibrate",
+        "data",
+        recipe,
+        "--captions",
+        home / "captions.txt",
+        "--device",
+        "cpu",
+    )
+    result = invoke(*arguments, "--out", drawn)
+    assert result.exit_code == 2 and "holds a set of samples already" in result.stderr
+    (drawn / "index.json").rename(tmp_path / "index.json")
+    (drawn / "000002.safetensors").unlink()
+    kept = (drawn / "000000.safetensors").stat().st_mtime_ns
+    other = invoke(*arguments, "--out", drawn, "--seed", 5)
+    assert other.exit_code == 2 and "made with other settings or captions" in other.stderr
+    assert invoke(*arguments, "--out", drawn).exit_code == 0
+    assert (drawn / "000000.safetensors").stat().st_mtime_ns == kept
+    assert (drawn / "index.json").read_text() == (tmp_path / "index.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--captions", "none.txt"], "none.txt"),
+        ([], "has no captions of its own; give a text file"),
+        (["--captions", "captions.txt", "--count", "9"], "captions.txt holds 3 captions"),
+        (["--captions", "captions.txt", "--set", "generate.height=60"], "nearest: 56 or 64"),
+    ],
+)
+def test_data_that_cannot_be_made(
+    home: Path, recipe: Path, tmp_path: Path, monkeypatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(home)
+    out = tmp_path / "out"
+    result = invoke("calibrate", "data", recipe, "--out", out, "--device", "cpu", *arguments)
+    assert result.exit_code == 2 and message in result.stderr
+    assert not out.exists()
+
+
+def test_tuning_resumes_and_reports(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("calibrate", "sla", home / "job.yaml", "--out", out, "--device", "cpu")
+    first = invoke(*arguments, "--set", "training.steps=2")
+    assert first.exit_code == 0 and "held-out samples" in first.stdout
+    again = invoke(*arguments)
+    assert again.exit_code == 2 and "--resume continues it" in again.stderr
+    resumed = invoke(*arguments, "--resume", "--set", "training.steps=3", "--json")
+    report = json.loads(resumed.stdout)
+    assert (report["first_step"], report["steps"]) == (2, 3)
+
+
+def test_the_closed_form_shows_the_error_of_each_layer(home: Path, tmp_path: Path) -> None:
+    arguments = ("calibrate", "sla", home / "job.yaml", "--out", tmp_path / "out")
+    result = invoke(*arguments, "--closed-form", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert "blocks.1.attn1" in result.stdout
+    wrong = invoke(*arguments, "--closed-form", "--resume")
+    assert wrong.exit_code == 2 and "--closed-form" in wrong.stderr
+
+
+def test_a_diverged_training_fails_with_its_place(home: Path, tmp_path: Path, monkeypatch) -> None:
+    import torch
+
+    from turbo_opt.calibration.sla import objective
+
+    def broken(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x * torch.nan
+
+    monkeypatch.setattr(objective, "noisy", broken)
+    arguments = ("calibrate", "sla", home / "job.yaml", "--out", tmp_path / "out")
+    result = invoke(*arguments, "--device", "cpu")
+    assert result.exit_code == 1
+    assert "the loss is not finite at step 1 of 4" in result.stderr
+
+
+def test_faults_of_a_job_have_file_and_line(home: Path, tmp_path: Path) -> None:
+    arguments = ("calibrate", "sla", home / "job.yaml", "--out", tmp_path / "out")
+    result = invoke(*arguments, "--set", "sla.topk=7")
+    assert result.exit_code == 2 and "--set sla.topk=7: sla.topk: must be" in result.stderr
+    unknown = invoke("calibrate", "slaa")
+    assert unknown.exit_code == 2 and "did you mean 'sla'" in unknown.stderr

@@ -1,0 +1,90 @@
+"""Weights go from one layout to another and come back the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemWriter
+
+from turbo_opt.calibration.convert import convert, read_weights
+from turbo_opt.errors import BadInput
+
+TEACHER = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def weights(home: Path) -> dict[str, torch.Tensor]:
+    found = load_file(home / "teacher" / TEACHER)
+    return {**found, "blocks.0.attn1.proj_l.weight": torch.randn(128, 128)}
+
+
+def write_checkpoint(folder: Path, values: dict[str, torch.Tensor]) -> Path:
+    """A checkpoint as a training leaves it, the average of one weight twice the weight."""
+    state: dict[str, torch.Tensor] = {"student.adamw.updates": torch.zeros(())}
+    for name, value in values.items():
+        state[f"student.model.{name}"] = value
+        state[f"critic.model.{name}"] = -value
+    state["critic.adamw.updates"] = torch.zeros(())
+    state["student.average.proj_out.bias"] = 2 * values["proj_out.bias"]
+    dcp.save(dict(state), storage_writer=FileSystemWriter(folder), no_dist=True)
+    return folder
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".dcp"])
+def test_there_and_back(weights, tmp_path: Path, suffix: str) -> None:
+    checkpoint = write_checkpoint(tmp_path / "step", weights)
+    out = tmp_path / f"out{suffix}"
+    assert convert(checkpoint, out, average=False) == len(weights)
+    assert_same(read_weights(out), weights)
+
+
+def test_a_pth_has_the_names_and_shapes_of_the_original(weights, tmp_path: Path) -> None:
+    convert(write_checkpoint(tmp_path / "step", weights), tmp_path / "out.pth")
+    found = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert found["patch_embedding.weight"].shape == (256, 16 * 4)
+    assert "blocks.0.self_attn.attn_op.local_attn.proj_l.weight" in found
+    assert "blocks.1.ffn.2.bias" in found and "head.modulation" in found
+
+
+def test_the_average_and_the_network_can_be_chosen(weights, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "step", weights)
+    bias = weights["proj_out.bias"]
+    assert torch.equal(read_weights(checkpoint)["proj_out.bias"], 2 * bias)
+    assert torch.equal(read_weights(checkpoint, average=False)["proj_out.bias"], bias)
+    assert torch.equal(read_weights(checkpoint, "critic")["proj_out.bias"], -bias)
+    with pytest.raises(BadInput, match="unknown network 'studnt', did you mean 'student'"):
+        read_weights(checkpoint, "studnt")
+
+
+def test_a_dcp_folder_of_another_program_is_read_under_diffusers_names(tmp_path: Path) -> None:
+    state = {"net.blocks.0.self_attn.q.bias": torch.ones(2), "net.head.head.bias": torch.zeros(3)}
+    dcp.save(dict(state), storage_writer=FileSystemWriter(tmp_path / "rcm.dcp"), no_dist=True)
+    found = read_weights(tmp_path / "rcm.dcp")
+    assert sorted(found) == ["blocks.0.attn1.to_q.bias", "proj_out.bias"]
+
+
+def test_a_diffusers_folder_is_read(home: Path, tmp_path: Path) -> None:
+    convert(home / "teacher", tmp_path / "out.safetensors")
+    assert_same(load_file(tmp_path / "out.safetensors"), load_file(home / "teacher" / TEACHER))
+
+
+def test_what_cannot_be_written(weights, home: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"cannot write '\.bin'; use \.safetensors, \.pth or \.dcp"):
+        convert(home / "teacher", tmp_path / "out.bin")
+    (tmp_path / "out.pth").touch()
+    with pytest.raises(BadInput, match="exists already"):
+        convert(home / "teacher", tmp_path / "out.pth")
+    checkpoint = write_checkpoint(tmp_path / "step", {**weights, "adapter.down": torch.ones(1)})
+    with pytest.raises(BadInput, match=r"adapter\.down: the original Wan has no such weight"):
+        convert(checkpoint, tmp_path / "other.pth")
+    assert not (tmp_path / "other.pth").exists()

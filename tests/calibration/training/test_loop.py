@@ -1,0 +1,194 @@
+"""The training loop: what is resumed is what would have been, and what diverges stops."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from turbo_opt.calibration.data.samples import SampleSet
+from turbo_opt.calibration.jobs.load import load_job
+from turbo_opt.calibration.jobs.schema import SLAJob
+from turbo_opt.calibration.training.loop import Trainer
+from turbo_opt.calibration.training.objective import Loss
+from turbo_opt.calibration.training.world import World
+from turbo_opt.errors import BadInput, TurboOptError
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+class Scaling:
+    """Learns to undo noise with one factor a channel; a second network takes every third turn."""
+
+    name, shipped = "scaling", "student"
+
+    def __init__(self, fail_at: int = -1, where: str = "loss") -> None:
+        self.trained = {"student": self._network(), "critic": self._network()}
+        self._fail_at, self._where, self._step = fail_at, where, 0
+        self.turns: list[str] = []
+
+    @staticmethod
+    def _network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Conv3d(16, 16, 1)
+
+    def turn(self, step: int) -> str:
+        self._step = step
+        return "critic" if step % 3 == 2 else "student"
+
+    def loss(self, batch, turn: str) -> Loss:
+        self.turns.append(turn)
+        noisy = batch.latents + batch.noise("n")
+        error = (self.trained[turn](noisy) - batch.latents).square().mean()
+        if self._step == self._fail_at:
+            if self._where == "loss":
+                error = error * float("nan")
+            else:  # the derivative of a root at 0
+                error = error + (self.trained[turn].weight * 0).square().sum().sqrt()
+        return Loss(error, {"scale": self.trained[turn].weight.detach().mean()})
+
+    def evaluate(self, batch):
+        return {"loss": self.loss(batch, "student").value}
+
+
+def trainer(home: Path, out: Path, *overrides: str, objective=None) -> Trainer:
+    job = load_job(home / "job.yaml", SLAJob, overrides)
+    samples = SampleSet.open(job.path("samples"))
+    return Trainer(job, out, objective or Scaling(), samples, ALONE)
+
+
+def everything(trained: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trained._tensors().items()}
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_six_steps_are_three_and_three_bit_for_bit(home, tmp_path, asynchronous) -> None:
+    settings = ("training.average=0.9", f"save.asynchronous={asynchronous}", "training.batch=4")
+    straight = trainer(home, tmp_path / "a", *settings, "training.steps=6")
+    straight.run()
+
+    stopped = trainer(home, tmp_path / "b", *settings, "training.steps=6")
+    real, count = stopped._train_step, iter(range(4))
+
+    def until_killed(rate: float):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return real(rate)
+
+    stopped._train_step = until_killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    stopped.checkpoints.finish()
+
+    resumed = trainer(home, tmp_path / "b", *settings, "training.steps=6")
+    assert resumed.resume() and resumed.step == 3
+    resumed.run()
+    expected, found = everything(straight), everything(resumed)
+    assert expected.keys() == found.keys() and len(found) > 15
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+
+    def losses(folder: str) -> list[tuple[str, str]]:
+        with (tmp_path / folder / "log.csv").open() as file:
+            return [(row["step"], row["loss"]) for row in csv.DictReader(file)]
+
+    assert losses("a") == losses("b") and len(losses("a")) == 7
+
+
+def test_micro_batches_change_nothing_but_rounding(home, tmp_path) -> None:
+    whole = trainer(home, tmp_path / "a", "training.batch=4")
+    parts = trainer(home, tmp_path / "b", "training.batch=4", "training.micro_batch=1")
+    whole.run()
+    parts.run()
+    for name, value in everything(whole).items():
+        torch.testing.assert_close(everything(parts)[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_each_network_is_updated_on_its_turn_only(home, tmp_path) -> None:
+    objective = Scaling()
+    start = objective.trained["critic"].weight.detach().clone()
+    trained = trainer(home, tmp_path, "training.steps=2", objective=objective)
+    trained.run()
+    assert torch.equal(objective.trained["critic"].weight, start)
+    assert not torch.equal(objective.trained["student"].weight, start)
+
+
+def test_a_gradient_that_reaches_another_network_does_not_wait_for_its_turn(home, tmp_path) -> None:
+    class Reaching(Scaling):
+        def loss(self, batch, turn: str) -> Loss:
+            through_both = self.trained["critic"](self.trained["student"](batch.latents))
+            return Loss(through_both.square().mean())
+
+    objective = Reaching()
+    trained = trainer(home, tmp_path, "training.steps=3", objective=objective)
+    real = trained._train_step
+
+    def without_leftovers(rate: float):
+        assert all(p.grad is None for net in objective.trained.values() for p in net.parameters())
+        return real(rate)
+
+    trained._train_step = without_leftovers  # type: ignore[method-assign]
+    trained.run()
+
+
+def test_held_out_loss_falls_and_is_logged(home, tmp_path) -> None:
+    trained = trainer(home, tmp_path, "training.steps=40", "training.rate=0.02")
+    before, after = trained.run()
+    assert after["held_out_loss"] < 0.7 * before["held_out_loss"]
+    with (tmp_path / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[0]["held_out_loss"]) == pytest.approx(before["held_out_loss"])
+    assert float(rows[-1]["held_out_loss"]) == pytest.approx(after["held_out_loss"])
+    assert {"loss", "scale", "gradient_norm", "rate", "broken_samples"} <= set(rows[-1])
+
+
+@pytest.mark.parametrize(
+    ("where", "what"), [("loss", "the loss"), ("gradient", "the gradient of weight")]
+)
+def test_what_is_not_finite_stops_and_keeps_the_last_checkpoint(
+    home, tmp_path, where, what
+) -> None:
+    failing = trainer(home, tmp_path, "training.steps=9", objective=Scaling(4, where))
+    message = rf"{what} is not finite at step 5 of 9, .* samples 0.*last good checkpoint is .*step"
+    with pytest.raises(TurboOptError, match=message):
+        failing.run()
+    again = trainer(home, tmp_path, "training.steps=9")
+    assert again.resume() and again.step == 3
+    assert all(value.isfinite().all() for value in everything(again).values())
+
+
+def test_a_checkpoint_of_another_job_is_not_taken_over(home, tmp_path) -> None:
+    trainer(home, tmp_path).run()
+    with pytest.raises(BadInput, match=r"another job \(training.batch: 2 then, 3 now\)"):
+        trainer(home, tmp_path, "training.batch=3").resume()
+    with pytest.raises(BadInput, match=r"sla.topk: 0.5 then, 0.2 now"):
+        trainer(home, tmp_path, "sla.topk=0.2").resume()
+    assert trainer(home, tmp_path, "training.rate=0.1", "training.steps=9").resume()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["training.batch=5"], "batch: 5 samples cannot be shared by 2 processes"),
+        (["training.batch=4", "training.micro_batch=3"], "3 does not divide the 2 samples"),
+    ],
+)
+def test_batches_that_cannot_be_shared(home, settings, message) -> None:
+    from turbo_opt.calibration.training.loop import micro_batch
+
+    job = load_job(home / "job.yaml", SLAJob, settings)
+    with pytest.raises(BadInput, match=message):
+        micro_batch(job, World(0, 2, torch.device("cpu")))
+
+
+def test_the_average_is_what_is_evaluated(home, tmp_path) -> None:
+    trained = trainer(home, tmp_path, "training.average=0.99", "training.rate=0.05")
+    trained.run()
+    weight = trained.shipped.network.weight.detach().clone()
+    with trained.shipped.averaged():
+        averaged = trained.shipped.network.weight.detach().clone()
+    assert torch.equal(trained.shipped.network.weight, weight)
+    assert not torch.equal(averaged, weight)

@@ -1,0 +1,39 @@
+"""Run by torchrun: jobs on two processes, once sharing each batch and once sharing each clip.
+
+The first is also resumed, so that its last step is made from a checkpoint of two processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+from turbo_opt.calibration.jobs.load import load_job
+from turbo_opt.calibration.jobs.schema import SLAJob
+from turbo_opt.calibration.sla.run import train_sla
+from turbo_opt.calibration.training.world import start_world
+
+
+def main(home: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    job = load_job(home / "job.yaml", SLAJob)
+    with start_world("cpu", context_size=2) as context:
+        data = dataclasses.replace(context, context_size=1, context_group=None)
+        for name, world in (("data", data), ("context", context)):
+            train_sla(job, out / name, world, progress=quiet)
+        # Stopped after the third step, and gone on.
+        if data.is_main:
+            (out / "data" / "checkpoints" / "latest").write_text("step-000003\n")
+        data.wait()
+        train_sla(job, out / "data", data, resume=True, progress=quiet)
+
+
+def quiet(*told: object) -> None:
+    """No progress."""
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
