@@ -116,12 +116,20 @@ def compilation() -> str:
     """What compiling costs on a small machine."""
     lines = ["| | | |", "| --- | ---: | --- |"]
     for record in read(RESULTS / "compile_large.json"):
-        name = (
-            record.name.removeprefix("cpu/").replace("/", ", ").replace("_s", "").replace("_", " ")
-        )
-        against = f"{record.ceiling.value:.0f} s: {record.ceiling.what}" if record.ceiling else ""
+        model, what = record.name.removeprefix("cpu/").split("/")
+        name = f"{model}, {_measure(what)}"
+        ceiling = record.ceiling
+        digits = 0 if record.unit == "s" else 1
+        against = f"{ceiling.value:.{digits}f} {ceiling.unit}: {ceiling.what}" if ceiling else ""
         lines.append(f"| {name} | {record.value:.1f} {record.unit} | {against} |")
     return "\n".join(lines)
+
+
+def _measure(name: str) -> str:
+    """A record's last part in words, without its unit."""
+    for unit in ("_gb_per_s", "_gib", "_s"):
+        name = name.removesuffix(unit)
+    return name.replace("_", " ")
 
 
 TABLES: dict[str, Callable[[], str]] = {
