@@ -194,10 +194,13 @@ class Operator:
         if decision is None:
             decision = self._decide(signature, args)
         decision.calls += 1
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return decision.implementation(*args)
-        return decision.implementation(*args)
+        with contextlib.ExitStack() as surroundings:
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                surroundings.enter_context(torch.cuda.device(device))
+            if torch.is_autocast_enabled(device.type):
+                # Providers say themselves in which dtypes they compute.
+                surroundings.enter_context(torch.autocast(device.type, enabled=False))
+            return decision.implementation(*args)
 
     def _run_fake(self, *args: Any) -> Any:
         self.check(*args)

@@ -189,8 +189,16 @@ def test_key_channels_that_vary_widely_cost_the_sparse_branch_no_more_than_dense
     assert SPARSE["fp8"] < sparse <= 1.05 * dense
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("name", ["sagesla", "sla"])
+@pytest.mark.parametrize(
+    ("name", "provider"),
+    [
+        ("sla", "reference"),
+        pytest.param("sla", "triton", marks=pytest.mark.gpu),
+        ("sagesla", "reference"),
+        pytest.param("sagesla", "triton", marks=pytest.mark.gpu),
+        pytest.param("sagesla", "cuda", marks=pytest.mark.gpu),
+    ],
+)
 def test_the_linear_branch_on_real_activations(name, provider, device):
     """What the operator adds when its projection is the identity."""
     pv = ("fp8",) if name == "sagesla" else ()

@@ -55,6 +55,15 @@ def test_block_linear_on_described_devices(scheme, device, provider):
     assert choose("block_linear", device, *linear_arguments(scheme)) == provider
 
 
+def test_autocast_changes_nothing_in_an_operator():
+    """Training calls operators under autocast, which would have their products in bfloat16."""
+    q_means, k_means = torch.randn(1, 2, 64, 64), torch.randn(1, 2, 64, 64)
+    lists = kernels.block_routing(q_means, k_means, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.mm(q_means[0, 0], k_means[0, 0].T).dtype is torch.bfloat16
+        assert torch.equal(kernels.block_routing(q_means, k_means, 9), lists)
+
+
 def test_the_choice_may_be_asked_with_meta_tensors():
     x, scale = torch.empty(1, 9, 64, device="meta"), torch.empty(1, 1, 64, device="meta")
     assert choose("adaln", "sm90", x, scale, scale, 1e-6) == "triton"
