@@ -102,16 +102,13 @@ def run(model: str, session: Session, work: Path, runs: int) -> list[Record]:
 def _record(session: Session, model: str, state: str, items: list[dict[str, float]]) -> Record:
     totals = sorted(item["total_s"] for item in items)
     parts = {key: median(item[key] for item in items) for key in items[0] if key != "total_s"}
-    return Record(
-        name=f"{session.gpu}/{CASES[model].name}/cold_start_{state}_caches_s",
-        value=median(totals),
-        unit="s",
-        spread=(totals[-1] - totals[0]) / 2,
-        runs=len(totals),
+    return session.add(
+        f"{CASES[model].name}/cold_start_{state}_caches_s",
+        median(totals),
+        "s",
+        (totals[-1] - totals[0]) / 2,
+        len(totals),
         config={"recipe": _RECIPES[model], "latent": list(CASES[model].latent), **parts},
-        environment=session.environment,
-        commit=results.current_commit(),
-        date=results.today(),
     )
 
 

@@ -153,8 +153,12 @@ def _optimize(folder: Path, out: Path, mode: str, size: int) -> list[Record]:
     ]  # fmt: skip
 
 
-def write_checkpoint(folder: Path, config: dict[str, Any]) -> int:
-    """A diffusers folder of random bf16 weights, with those of SLA; bytes of the weights."""
+def write_checkpoint(folder: Path, config: dict[str, Any], *, sparse: bool = True) -> int:
+    """A diffusers folder of random bf16 weights; bytes of the weights.
+
+    Args:
+        sparse: with the projections of sparse-linear attention.
+    """
     _write_json(
         folder / "model_index.json",
         {
@@ -183,7 +187,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any]) -> int:
         for name, meta in graph.exported.state_dict.items()
         if name not in graph.tables
     }
-    for layer in range(config["num_layers"]):
+    for layer in range(config["num_layers"] if sparse else 0):
         stem = f"blocks.{layer}.attn1.proj_l"
         shapes |= {f"{stem}.weight": (128, 128), f"{stem}.bias": (128,)}
     generator = torch.Generator().manual_seed(0)
@@ -265,19 +269,10 @@ def _record(
     ceiling: Ceiling | None = None,
     share: float | None = None,
 ) -> Record:
-    return Record(
-        name=name,
-        value=value,
-        unit=unit,
-        spread=spread,
-        runs=runs,
-        ceiling=ceiling,
-        share_of_ceiling=share,
-        config=config,
-        environment=environment(),
-        commit=results.current_commit(),
-        date=results.today(),
-    )
+    return results.new_record(
+        name, value, unit, spread, runs,
+        config=config, ceiling=ceiling, share_of_ceiling=share, environment=environment(),
+    )  # fmt: skip
 
 
 def main() -> None:

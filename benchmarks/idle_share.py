@@ -76,12 +76,12 @@ def run(case: Case, session: Session, configuration: str) -> Record:
         found = [work_intervals(clip, bench.device) for _ in range(_RUNS)]
     shares = [idle_share(intervals) for intervals in found]
     low, _, high = quantiles(shares, n=4)
-    return Record(
-        name=f"{session.gpu}/{case.name}/gpu_idle_share",
-        value=median(shares),
-        unit="",
-        spread=(high - low) / 2,
-        runs=len(shares),
+    return session.add(
+        f"{case.name}/gpu_idle_share",
+        median(shares),
+        "",
+        (high - low) / 2,
+        len(shares),
         config={
             "configuration": configuration,
             "pipeline": PIPELINES[configuration],
@@ -90,9 +90,6 @@ def run(case: Case, session: Session, configuration: str) -> Record:
             "four_steps_ms_without_profiler": unprofiled.ms,
             "kernels_and_copies": median(len(intervals) for intervals in found),
         },
-        environment=session.environment,
-        commit=results.current_commit(),
-        date=results.today(),
     )
 
 

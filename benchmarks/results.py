@@ -10,11 +10,12 @@ import datetime
 import json
 import os
 import subprocess
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from turbo_opt.kernels.whole_file import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -67,6 +68,13 @@ def current_commit() -> str:
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
+def new_record(
+    name: str, value: float, unit: str, spread: float, runs: int, **facts: Any
+) -> Record:
+    """The record of a value measured now, by this checkout; `facts` are its other fields."""
+    return Record(name, value, unit, spread, runs, **facts, commit=current_commit(), date=today())
+
+
 def read(path: Path) -> list[Record]:
     """The records of one file; none if there is no such file."""
     if not path.exists():
@@ -79,16 +87,7 @@ def merge(path: Path, records: Iterable[Record]) -> None:
     merged = {record.name: record for record in read(path)}
     merged.update((record.name, record) for record in records)
     text = json.dumps([asdict(merged[name]) for name in sorted(merged)], indent=1) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, text)
 
 
 def tabulate(records: Sequence[Record]) -> str:

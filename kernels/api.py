@@ -21,6 +21,7 @@ from .gated_residual import gated_residual
 from .gelu_quantize import gelu_quantize
 from .layer_norm import layer_norm
 from .layer_norm_quantize import layer_norm_quantize
+from .linear_gated_residual import linear_gated_residual
 from .linear_gelu_quantize import linear_gelu_quantize
 from .norm_rope import norm_rope
 from .norm_rope_sagesla import norm_rope_sagesla
@@ -38,13 +39,17 @@ from .operator import (
     read_provider_tables,
     recorded_choices,
 )
+from .padded_attention import padded_attention
+from .padded_attention_quantize import padded_attention_quantize
 from .residual_adaln_quantize import residual_adaln_quantize
 from .residual_layer_norm_quantize import residual_layer_norm_quantize
 from .rms_norm import rms_norm
 from .sage_attention import sage_attention
+from .sage_sparse_attention import sage_sparse_attention
 from .sagesla import sagesla
 from .schemes import SCHEMES, Scheme
 from .sla import sla
+from .sla2 import sla2
 
 __all__ = [
     "SCHEMES",
@@ -74,12 +79,15 @@ __all__ = [
     "gelu_quantize",
     "layer_norm",
     "layer_norm_quantize",
+    "linear_gated_residual",
     "linear_gelu_quantize",
     "norm_rope",
     "norm_rope_sagesla",
     "norm_rope_sagesla_quantize",
     "operator",
     "operators",
+    "padded_attention",
+    "padded_attention_quantize",
     "parse_capability",
     "quantize_activation",
     "quantize_weight",
@@ -89,6 +97,8 @@ __all__ = [
     "residual_layer_norm_quantize",
     "rms_norm",
     "sage_attention",
+    "sage_sparse_attention",
     "sagesla",
     "sla",
+    "sla2",
 ]

@@ -25,7 +25,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ import torch
 from ._cuda.compiler import cache_folder
 from .capability import Capability
 from .errors import KernelError
+from .whole_file import write_whole
 
 FORMAT = 1
 TABLE_VARIABLE = "TURBO_OPT_PROVIDER_TABLE"  # a file; "0": no table at all
@@ -214,16 +214,7 @@ def write_table(path: Path, table: Table) -> None:
         for name, record in table.items()
     }
     text = json.dumps({"format": FORMAT, "devices": devices}, indent=1, sort_keys=True) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, text)
 
 
 def forget_tables() -> None:

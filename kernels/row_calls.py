@@ -1,8 +1,8 @@
-"""What operators over rows tell of a call, and who serves them."""
+"""What operators over rows tell of a call and return, and who serves them."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,21 @@ class RowCall(NamedTuple):
     channels: int
     dtype: torch.dtype
     scheme: str | None = None
+
+
+def describe_rows(x: torch.Tensor, *_: object) -> RowCall:
+    """A call whose result has x's dtype."""
+    return RowCall(x.shape[-1], x.dtype)
+
+
+def describe_quantized_rows(x: torch.Tensor, *others: Any) -> RowCall:
+    """A call whose last argument is the scheme of its result."""
+    return RowCall(x.shape[-1], x.dtype, others[-1])
+
+
+def like_x(x: torch.Tensor, *_: object) -> torch.Tensor:
+    """A fake result of x's shape and dtype, contiguous."""
+    return x.new_empty(x.shape)
 
 
 def triton_supports(capability: Capability, call: RowCall) -> str | None:

@@ -26,6 +26,7 @@ _SPARSE = frozenset(
     {
         ops.sla.default,
         ops.sagesla.default,
+        ops.sla2.default,
         ops.norm_rope_sagesla.default,
         ops.norm_rope_sagesla_quantize.default,
     }

@@ -42,7 +42,7 @@ _SIGMA_MAX_OF_IMAGES = 200.0
 class DistillSteps(Pass):
     name = "distill-steps"
     establishes = frozenset({Fact.DISTILLED})
-    conflicts = frozenset({Fact.DISTILLED, Fact.LINEAR_QUANTIZED})
+    conflicts = frozenset({Fact.CHANNELS_BALANCED, Fact.DISTILLED, Fact.LINEAR_QUANTIZED})
     numerics = Numerics.RETRAINED
     brings_weights = True
 

@@ -3,16 +3,18 @@
     quantize(gelu_tanh(x))                        →  gelu_quantize(x)
     gelu_quantize(block_linear(q, w, …))          →  linear_gelu_quantize(q, w, …)
     quantize(norm_rope_sagesla(q, k, v, …))       →  norm_rope_sagesla_quantize(q, k, v, …)
+    quantize(heads joined of padded_attention(…)) →  padded_attention_quantize(…)
     cast(cast(x, f32) + cast(y, f32) · gate)      →  gated_residual(x, y, gate)
     x + y, where a norm reads the sum             →  gated_residual(x, y)
+    gated_residual(x, block_linear(q, w, …), g)   →  linear_gated_residual(q, w, …, x, g)
     s = gated_residual(…); norm_quantize(s, …)    →  s, q, scale = residual_norm_quantize(…)
 
 The same formulas with a wider intermediate: what gelu and attention give, and what gelu is given by
 a layer, is no longer rounded to 16 bits before its 8-bit rounding, in which one bit of that decides
-now and then, so the two forms are compared on operands cast to float32. The norms read the residual
-stream as it is stored, and all else that reads it still does. Attention and a layer with its gelu
-are fused where a scale belongs to one token: a block of 128 tokens (`int8-block`) is more than a
-program of attention, or a warp of the product, holds.
+now and then, so the two forms are compared on operands cast to float32; so is what a layer adds to
+the stream. The norms read the residual stream as it is stored, and all else that reads it still
+does. Attention and a layer with its gelu are fused where a scale belongs to one token: a block of
+128 tokens (`int8-block`) is more than a program of attention, or a warp of the product, holds.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ from turbo_opt.ir.edit import dependents
 from turbo_opt.ir.facts import Fact
 from turbo_opt.ir.program import Denoiser, Program
 from turbo_opt.kernels import SCHEMES, dequantize_activation
+from turbo_opt.kernels.schemes import BLOCK
+from turbo_opt.passes._attention import joined_channels, joins_last_two, tokens_first
 
 aten = torch.ops.aten
 ops = torch.ops.turbo_opt
@@ -67,6 +71,9 @@ class FuseEpilogues(Pass):
         )
         attention: bool = Field(True, description="let attention write the quantized activation")
         residual: bool = Field(True, description="add a branch to the stream, gated, in one step")
+        linear_residual: bool = Field(
+            False, description="let the layer before a residual sum add to the stream itself"
+        )
         residual_norm: bool = Field(
             True, description="quantize the norm of the stream as the branch is added"
         )
@@ -88,8 +95,20 @@ class FuseEpilogues(Pass):
             results.append(
                 rewrite_each(program, context, match_attention, emit_attention, observe, in_float32)
             )
+            results.append(
+                rewrite_each(
+                    program, context, match_padded, emit_padded, observe, padded_in_float32
+                )
+            )
         if options.residual:
             results.append(rewrite_each(program, context, match_residual, emit_residual))
+        if options.linear_residual:
+            results.append(
+                rewrite_each(
+                    program, context, match_linear_residual, emit_linear_residual, observe,
+                    sum_in_float32,
+                )
+            )  # fmt: skip
         if options.residual_norm:
             results.append(
                 rewrite_each(program, context, match_norm, emit_norm, observe, stream_and_norm)
@@ -141,8 +160,7 @@ def emit_linear_gelu(found: Found, editor: Editor) -> Node:
 def layer_in_float32(found: Found, new: Node, editor: Editor) -> Sequence[tuple[Node, Node]]:
     """Both forms with sums and bias in float32."""
     arguments = {**found.parts["arguments"], "dtype": torch.float32}
-    if arguments["bias"] is not None:
-        arguments["bias"] = editor.call(aten.to.dtype, arguments["bias"], torch.float32)
+    arguments["bias"] = _widened(arguments["bias"], editor)
     layer = editor.call(ops.block_linear.default, *arguments.values())
     before = editor.call(ops.gelu_quantize.default, layer, arguments["scheme"])
     return [(before, editor.call(new.target, *arguments.values()))]  # type: ignore[arg-type]
@@ -167,12 +185,49 @@ def emit_attention(found: Found, editor: Editor) -> Node:
     return editor.call(ops.norm_rope_sagesla_quantize.default, *found.parts["arguments"])
 
 
+def match_padded(node: Node, denoiser: Denoiser) -> Found | Miss | None:
+    """A quantization by token of the joined heads of attention to a padded prompt."""
+    if not is_call(node, ops.quantize_activation.default):
+        return None
+    joined: Node = named_args(node)["x"]
+    scheme: str = named_args(node)["scheme"]
+    attention = tokens_first(joined.args[0]) if joins_last_two(joined) else None
+    if attention is None or not is_call(attention, ops.padded_attention.default):
+        return None
+    if SCHEMES[scheme].activation_block[0] > 1:
+        return Miss(f"a scale of {scheme} spans more tokens than attention holds at once")
+    if tensor_of(attention).shape[-1] != BLOCK:
+        return Miss(f"its heads are not groups of {BLOCK} channels, which share a scale")
+    if joined_channels(attention) is not joined or only_user(joined) is not node:
+        return Miss("the attention's 16-bit result is read by a layer that is not quantized")
+    q, k, v, start, scale = named_args(attention).values()
+    parts = {"arguments": (q, k, v, start, scale, scheme), "joined": joined}
+    return Found(node, node, (q, k, v, start), parts)
+
+
+def emit_padded(found: Found, editor: Editor) -> Node:
+    return editor.call(ops.padded_attention_quantize.default, *found.parts["arguments"])
+
+
+def padded_in_float32(found: Found, new: Node, editor: Editor) -> Sequence[tuple[Node, Node]]:
+    """Both forms on q, k and v cast to float32."""
+    *qkv, start, scale, scheme = found.parts["arguments"]
+    wide = [_widened(x, editor) for x in qkv]
+    heads = editor.call(ops.padded_attention.default, *wide, start, scale)
+    joined = editor.call(
+        aten.flatten.using_ints, editor.call(aten.permute.default, heads, [0, 2, 1, 3]), 2, 3
+    )
+    before = editor.call(ops.quantize_activation.default, joined, scheme)
+    after = editor.call(ops.padded_attention_quantize.default, *wide, start, scale, scheme)
+    return [(before, after)]
+
+
 def in_float32(found: Found, new: Node, editor: Editor) -> Sequence[tuple[Node, Node]]:
     """Both forms on operands cast to float32."""
 
     def wide(operands: Sequence[Any]) -> Iterator[Any]:
         for x in operands:
-            yield editor.call(aten.to.dtype, x, torch.float32) if isinstance(x, Node) else x
+            yield _widened(x, editor) if isinstance(x, Node) else x
 
     source, scheme = named_args(found.output).values()
     unquantized = editor.call(source.target, *wide(source.args), **source.kwargs)
@@ -207,11 +262,48 @@ def emit_residual(found: Found, editor: Editor) -> Node:
     return editor.call(ops.gated_residual.default, x, y, found.parts["gate"])
 
 
+def match_linear_residual(node: Node, denoiser: Denoiser) -> Found | Miss | None:
+    """A sum one of whose terms, times the gate if there is one, is a quantized layer's result."""
+    if not is_call(node, ops.gated_residual.default):
+        return None
+    x, layer, gate = named_args(node).values()
+    if gate is None and not is_call(layer, ops.block_linear.default):
+        x, layer = layer, x
+    if not is_call(layer, ops.block_linear.default):
+        return Miss("what is added to the stream is not the result of a quantized layer")
+    if only_user(layer) is not node or layer in (x, gate):
+        return Miss("the layer's 16-bit result has another use too")
+    arguments = named_args(layer)
+    operands = (arguments["q"], arguments["q_scale"], x, gate)
+    inputs = tuple(operand for operand in operands if operand is not None)
+    return Found(node, node, inputs, {"arguments": arguments, "x": x, "gate": gate})
+
+
+def emit_linear_residual(found: Found, editor: Editor) -> Node:
+    *layer, scheme, _ = found.parts["arguments"].values()  # the sum has the dtype of the stream
+    x, gate = found.parts["x"], found.parts["gate"]
+    return editor.call(ops.linear_gated_residual.default, *layer, x, gate, scheme)
+
+
+def sum_in_float32(found: Found, new: Node, editor: Editor) -> Sequence[tuple[Node, Node]]:
+    """Both forms with bias, stream and gate in float32."""
+    arguments = {**found.parts["arguments"], "dtype": torch.float32}
+    arguments["bias"] = _widened(arguments["bias"], editor)
+    y = editor.call(ops.block_linear.default, *arguments.values())
+    x, gate = (_widened(found.parts[name], editor) for name in ("x", "gate"))
+    before = editor.call(ops.gated_residual.default, x, y, gate)
+    fused = named_args(new)
+    fused.update({name: _widened(fused[name], editor) for name in ("bias", "x", "gate")})
+    return [(before, editor.call(ops.linear_gated_residual.default, *fused.values()))]
+
+
 def match_norm(node: Node, denoiser: Denoiser) -> Found | Miss | None:
     """A quantized norm of the residual stream, right after a branch was added to it."""
     if node.op != "call_function" or node.target not in _AFTER_RESIDUAL:
         return None
     stream: Any = node.args[0]
+    if is_call(stream, ops.linear_gated_residual.default):
+        return None
     if not is_call(stream, ops.gated_residual.default):
         return Miss("what the norm reads is not a sum that this pass has fused")
     between = dependents(stream, until=node)
@@ -251,6 +343,11 @@ def observe(value: Any) -> Tensor:
     values, scales = value[-2:]
     (scheme,) = (name for name, scheme in SCHEMES.items() if scheme.dtype == values.dtype)
     return dequantize_activation(values, scales, scheme)
+
+
+def _widened(operand: Node | None, editor: Editor) -> Node | None:
+    """The operand in float32, None as it is."""
+    return None if operand is None else editor.call(aten.to.dtype, operand, torch.float32)
 
 
 def _gated(x: Node, branch: Node) -> tuple[Node, Node, Node | None] | None:

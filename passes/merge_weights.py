@@ -53,7 +53,7 @@ class Lora(PassOptions):
 @register_pass
 class MergeWeights(Pass):
     name = "merge-weights"
-    conflicts = frozenset({Fact.LINEAR_QUANTIZED})
+    conflicts = frozenset({Fact.CHANNELS_BALANCED, Fact.LINEAR_QUANTIZED})
     numerics = Numerics.RETRAINED
     brings_weights = True
 

@@ -1,19 +1,22 @@
 """Replace self-attention by sparse-linear attention (SLA), in 16 or in 8 bits.
 
     scaled_dot_product_attention(q, k, v)  →  sla(q, k, v, proj_l)  or  sagesla(q, k, v, proj_l)
+                                              or  sla2(q, k, v, router, alpha)
 
 q, k and v are projections of one hidden state: cross-attention stays dense. Each query block
 attends exactly to a share `topk` of the key blocks; a linear branch over all keys, projected by
-`proj_l`, makes up for the rest. `proj_l` comes with checkpoints that are tuned for SLA.
+`proj_l`, makes up for the rest. `proj_l` comes with checkpoints that are tuned for SLA. SLA2 has a
+learned router choose the blocks, the linear branch see the others, and a learned ratio mix the two.
 
 What is reported as agreement is that of the operator with every block kept and no linear branch,
 which is dense attention; a sparse result has no right value to compare with but the tuned model's.
-Source: SLA, arXiv 2509.24006.
+Sources: SLA, arXiv 2509.24006; SLA2, arXiv 2602.12675.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -21,9 +24,17 @@ from pydantic import Field, model_validator
 from torch.fx import Node
 
 import turbo_opt.kernels  # noqa: F401  (registers turbo_opt::*)
-from turbo_opt.compiler.base import Numerics, Pass, PassOptions, PassResult, register_pass
+from turbo_opt.compiler.base import (
+    LayerChoice,
+    Numerics,
+    Pass,
+    PassOptions,
+    PassResult,
+    register_pass,
+)
 from turbo_opt.compiler.context import PassContext
-from turbo_opt.compiler.rewrite import Editor, Found, Miss, rewrite_each
+from turbo_opt.compiler.rewrite import Editor, Found, Miss, rewrite_each, tensor_of
+from turbo_opt.compiler.scales import measured_scales, scales_identity
 from turbo_opt.compiler.skip import Skip, Skipper
 from turbo_opt.errors import BadInput
 from turbo_opt.ir.edit import module_path
@@ -38,6 +49,7 @@ from turbo_opt.passes._attention import (
     pv_format,
     unlike_self_attention,
 )
+from turbo_opt.passes._layer_choices import choose_shares
 from turbo_opt.targets import Target
 
 HEAD_DIM = 128
@@ -58,13 +70,21 @@ class SparseAttention(Pass):
     )
 
     class Options(PassOptions):
-        mode: Literal["sagesla", "sla"] = Field(
-            "sagesla", description="sparse branch in 8 bits as in SageAttention, or in 16 bits"
+        mode: Literal["sagesla", "sla", "sla2"] = Field(
+            "sagesla",
+            description="SLA, its sparse branch in 8 bits as in SageAttention, or in 16 bits; or "
+            "SLA2, by the checkpoint's `router` and `alpha`",
         )
         topk: Share | tuple[Share, ...] = Field(
             0.1,
             description="share of the key blocks that a query block keeps, or a list with one "
             "for each self-attention layer, in the order they run",
+        )
+        scales: str | None = Field(
+            None,
+            description="file of `turbo-opt calibrate scales`, a name in the recipe's `weights` or "
+            "a path: each layer gets one of its shares, so that the measured errors are least and "
+            "the mean is at most `topk`",
         )
         block_q: BlockSize = Field(
             "auto", description="tokens per query block; auto: 64 on Hopper, else 128"
@@ -77,11 +97,15 @@ class SparseAttention(Pass):
         )
         pv: PVFormat = Field(
             "auto",
-            description="operands of P·v in sagesla; auto: fp8 on GPUs that have it (sm89 on)",
+            description="operands of P·v where q and k are int8; auto: fp8 on GPUs that have it "
+            "(sm89 on)",
+        )
+        qk: Literal["auto", "int8", "16bit"] = Field(
+            "auto", description="operands of q·kᵀ in sla2; auto: int8"
         )
         proj_l: Literal["checkpoint", "zero"] = Field(
             "checkpoint",
-            description="projection of the linear branch: the checkpoint's `proj_l`, or none",
+            description="projection of SLA's linear branch: the checkpoint's `proj_l`, or none",
         )
         skip: Skip = Field(Skip(), description="self-attention layers that stay dense")
 
@@ -89,7 +113,32 @@ class SparseAttention(Pass):
         def _pv_belongs_to_sagesla(self) -> SparseAttention.Options:
             if self.mode == "sla" and self.pv != "auto":
                 raise ValueError(f"pv {self.pv!r} is an option of mode 'sagesla', mode is 'sla'")
+            if self.qk == "16bit" and self.pv == "fp8":
+                raise ValueError("pv 'fp8' goes with qk 'int8', qk is '16bit'")
             return self
+
+        @model_validator(mode="after")
+        def _belongs_to_its_mode(self) -> SparseAttention.Options:
+            if self.mode != "sla2" and self.qk != "auto":
+                raise ValueError(
+                    f"qk {self.qk!r} is an option of mode 'sla2', mode is {self.mode!r}"
+                )
+            if self.mode == "sla2" and self.proj_l == "zero":
+                raise ValueError("mode 'sla2' has no proj_l to leave out: set it to 'checkpoint'")
+            return self
+
+        @model_validator(mode="after")
+        def _one_share_to_divide(self) -> SparseAttention.Options:
+            if self.scales is not None and not isinstance(self.topk, float):
+                raise ValueError("with scales, topk is the mean share: one number, not a list")
+            if self.scales is not None and self.mode == "sla2":
+                raise ValueError("scales hold the errors of SLA, mode is 'sla2'")
+            return self
+
+    @classmethod
+    def files_read(cls, options: PassOptions, checkpoints: Mapping[str, str]) -> Sequence[str]:
+        assert isinstance(options, cls.Options)
+        return [] if options.scales is None else [scales_identity(options.scales, checkpoints)]
 
     @classmethod
     def objection_to(cls, options: PassOptions, target: Target) -> str | None:
@@ -107,31 +156,69 @@ class SparseAttention(Pass):
             for denoiser in program
             for layer in self_attention(denoiser)
             if not skipper.skips(denoiser, module_path(layer))
-            for name in _projection_names(layer)
+            for name in _weight_shapes(layer, options.mode)
             if name not in denoiser.unread
         ]
 
+    @classmethod
+    def hint_about_weights(cls, options: PassOptions) -> str:
+        assert isinstance(options, cls.Options)
+        if options.mode == "sla2":
+            return "it has no router of SLA2; `turbo-opt calibrate router` trains one"
+        return cls.missing_weights_hint
+
     def run(self, program: Program, options: PassOptions, context: PassContext) -> PassResult:
         assert isinstance(options, self.Options)
-        rewrite = _SparseAttention(program, options, context.target)
+        rewrite = _SparseAttention(program, options, context)
         result = rewrite_each(
             program, context, rewrite.match, rewrite.replace, compare=with_every_block
         )
         rewrite.skipper.check()
-        return result
+        return replace(result, choices=rewrite.choices)
 
 
 class _SparseAttention:
     """The match and the rewrite, with what they share within one run of the pass."""
 
     def __init__(
-        self, program: Program, options: SparseAttention.Options, target: Target | None
+        self, program: Program, options: SparseAttention.Options, context: PassContext
     ) -> None:
+        target = context.target
         self.skipper = _skipper(program, options.skip)
         self._options = options
         self._blocks = block_sizes(options, target)
         self._pv = pv_format(options.pv, target)
-        self._topk = {denoiser.name: _shares(denoiser, options.topk) for denoiser in program}
+        self.choices: tuple[LayerChoice, ...] = ()
+        if options.scales is None:
+            self._topk = {denoiser.name: _shares(denoiser, options.topk) for denoiser in program}
+        else:
+            self._topk = self._measured_shares(program, options.scales, context)
+
+    def _measured_shares(
+        self, program: Program, scales: str, context: PassContext
+    ) -> dict[str, dict[Node, float]]:
+        """`topk` of every layer that is not skipped, with the option's as their mean."""
+        measured = measured_scales(scales, context.checkpoints, program)
+        shares = {}
+        for denoiser in program:
+            found = measured[denoiser.name]
+            if (found.block_q, found.block_k) != self._blocks:
+                raise BadInput(
+                    f"sparse-attention: the scales are of blocks of {found.block_q}×"
+                    f"{found.block_k} tokens, the pass has {self._blocks[0]}×{self._blocks[1]}; "
+                    "measure with a recipe of this target, or set block_q and block_k"
+                )
+            names = {
+                layer: module_path(layer)
+                for layer in self_attention(denoiser)
+                if not self.skipper.skips(denoiser, module_path(layer))
+            }
+            assert isinstance(self._options.topk, float)
+            topk, places = self._options.topk, list(names.values())
+            chosen = choose_shares(denoiser.name, places, found, topk)
+            shares[denoiser.name] = {layer: chosen[name][0] for layer, name in names.items()}
+            self.choices += tuple(choice for _, choice in chosen.values())
+        return shares
 
     def match(self, node: Node, denoiser: Denoiser) -> Found | Miss | None:
         """A dense self-attention without mask."""
@@ -149,11 +236,14 @@ class _SparseAttention:
 
     def replace(self, found: Found, editor: Editor) -> Node:
         """The sparse operator on the same heads, with the layer's projection."""
-        weight = bias = None
+        weights: Sequence[Node | None] = (None, None)
         if self._options.proj_l == "checkpoint":
-            weight, bias = _projection(found.anchor, editor)
+            weights = _weights(found.anchor, self._options.mode, editor)
         sparsity = (found.parts["topk"], *self._blocks, self._options.feature_map)
-        arguments = (*found.inputs, weight, bias, *sparsity)
+        arguments = (*found.inputs, *weights, *sparsity)
+        if self._options.mode == "sla2":
+            formats = ("16bit", "16bit") if self._options.qk == "16bit" else ("int8", self._pv)
+            return editor.call(torch.ops.turbo_opt.sla2.default, *arguments, *formats)
         if self._options.mode == "sla":
             return editor.call(torch.ops.turbo_opt.sla.default, *arguments)
         return editor.call(torch.ops.turbo_opt.sagesla.default, *arguments, self._pv)
@@ -161,8 +251,12 @@ class _SparseAttention:
 
 def with_every_block(found: Found, new: Node, editor: Editor) -> Sequence[tuple[Node, Node]]:
     """Dense attention, and the sparse operator where it leaves nothing out."""
-    q, k, v, _, _, _, *settings = new.args
-    return [(found.output, editor.call(new.target, q, k, v, None, None, 1.0, *settings))]  # type: ignore[arg-type]
+    arguments = list(new.args)
+    if new.target is torch.ops.turbo_opt.sla2.default:
+        arguments[7] = 1.0
+    else:
+        arguments[3:6] = None, None, 1.0
+    return [(found.output, editor.call(new.target, *arguments))]  # type: ignore[arg-type]
 
 
 def self_attention(denoiser: Denoiser) -> list[Node]:
@@ -207,25 +301,36 @@ def _skipper(program: Program, skip: Skip) -> Skipper:
     )
 
 
-def _projection_names(layer: Node) -> tuple[str, str]:
+def _weight_shapes(layer: Node, mode: str) -> dict[str, tuple[int, ...]]:
+    """The weights that the operator of a mode needs of a layer, in its order, with their shapes."""
+    square = (HEAD_DIM, HEAD_DIM)
+    query = layer.args[0]
+    assert isinstance(query, Node)
+    heads = int(tensor_of(query).shape[1])
+    leaves: dict[str, tuple[int, ...]] = {"proj_l.weight": square, "proj_l.bias": (HEAD_DIM,)}
+    if mode == "sla2":
+        leaves = {
+            "router.proj_q.weight": square,
+            "router.proj_k.weight": square,
+            "alpha.weight": (heads, HEAD_DIM),
+            "alpha.bias": (heads,),
+        }
     module = module_path(layer)
-    stem = f"{module}.proj_l" if module else "proj_l"
-    return f"{stem}.weight", f"{stem}.bias"
+    return {f"{module}.{leaf}" if module else leaf: shape for leaf, shape in leaves.items()}
 
 
-def _projection(layer: Node, editor: Editor) -> tuple[Node, Node]:
-    """Placeholders of the layer's `proj_l`, float32: weight (D, D) and bias (D,).
+def _weights(layer: Node, mode: str, editor: Editor) -> list[Node]:
+    """Placeholders of the layer's weights for a mode, float32.
 
     Raises:
-        BadInput: the checkpoint's has another shape.
+        BadInput: the checkpoint's have another shape.
     """
     placeholders = []
-    shapes = ((HEAD_DIM, HEAD_DIM), (HEAD_DIM,))
-    for name, shape in zip(_projection_names(layer), shapes, strict=True):
+    for name, shape in _weight_shapes(layer, mode).items():
         tensor = editor.denoiser.unread.pop(name)
         if tensor.shape != shape:
             raise BadInput(
                 f"sparse-attention: {name} has shape {list(tensor.shape)}, needs {list(shape)}"
             )
         placeholders.append(editor.weight(name, cast(tensor, torch.float32)))
-    return placeholders[0], placeholders[1]
+    return placeholders

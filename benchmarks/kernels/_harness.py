@@ -18,7 +18,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.results import Ceiling, Record, current_commit, today
+from benchmarks.results import Ceiling, Record, new_record
 from turbo_opt.kernels import Choice, force_provider, operator
 from turbo_opt.kernels.timing import InputSet, Timing, gpu_times, input_sets, wall_times
 
@@ -160,20 +160,20 @@ class Session:
         **facts: Any,
     ) -> None:
         """A memory-bound kernel: the bytes it must move per second, as a share of a copy's."""
-        speed = moved_bytes / timing.ms / 1e6
-        share = speed / self.copy.value
-        self._add(
+
+        def share_of(its: Timing) -> float:
+            return moved_bytes / its.ms / 1e6 / self.copy.value
+
+        share = share_of(timing)
+        self.add(
             f"{name}/share_of_copy",
             share,
             "",
             share * timing.spread_ms / timing.ms,
             timing.runs,
-            self.copy,
-            share,
-            {
-                other: moved_bytes / each.ms / 1e6 / self.copy.value
-                for other, each in baseline.items()
-            },
+            ceiling=self.copy,
+            share_of_ceiling=share,
+            baseline={other: share_of(its) for other, its in baseline.items()},
             **facts,
         )
 
@@ -187,18 +187,8 @@ class Session:
         **facts: Any,
     ) -> None:
         """A matrix product: operations per second, as a share of the library's 8192³."""
-        rate = operations / timing.ms / 1e9
-        self._add(
-            f"{name}/tflops",
-            rate,
-            "TFLOP/s",
-            rate * timing.spread_ms / timing.ms,
-            timing.runs,
-            ceiling,
-            rate / ceiling.value,
-            {other: operations / each.ms / 1e9 for other, each in baseline.items()},
-            **facts,
-        )
+        rates = {other: operations / its.ms / 1e9 for other, its in baseline.items()}
+        self._add_rate(f"{name}/tflops", timing, operations, "TFLOP/s", ceiling, rates, facts)
 
     def record_operations(
         self,
@@ -210,11 +200,29 @@ class Session:
         **facts: Any,
     ) -> None:
         """An 8-bit product: operations per second, in TOPS, as a share of the library's."""
+        self._add_rate(f"{name}_tops", timing, operations, "TOPS", ceiling, baseline, facts)
+
+    def _add_rate(
+        self,
+        name: str,
+        timing: Timing,
+        operations: int,
+        unit: str,
+        ceiling: Ceiling,
+        baseline: dict[str, float],
+        facts: dict[str, Any],
+    ) -> None:
         rate = operations / timing.ms / 1e9
-        spread = rate * timing.spread_ms / timing.ms
-        share = rate / ceiling.value
-        self._add(
-            f"{name}_tops", rate, "TOPS", spread, timing.runs, ceiling, share, baseline, **facts
+        self.add(
+            name,
+            rate,
+            unit,
+            rate * timing.spread_ms / timing.ms,
+            timing.runs,
+            ceiling=ceiling,
+            share_of_ceiling=rate / ceiling.value,
+            baseline=baseline,
+            **facts,
         )
 
     def record_time(
@@ -226,43 +234,27 @@ class Session:
         **facts: Any,
     ) -> None:
         """A whole operator: milliseconds, beside the least that it could take, if that is known."""
-        share = ceiling.value / timing.ms if ceiling else None
-        times = {other: each.ms for other, each in baseline.items()}
-        self._add(
-            f"{name}_ms", timing.ms, "ms", timing.spread_ms, timing.runs, ceiling, share, times,
+        self.add(
+            f"{name}_ms",
+            timing.ms,
+            "ms",
+            timing.spread_ms,
+            timing.runs,
+            ceiling=ceiling,
+            share_of_ceiling=ceiling.value / timing.ms if ceiling else None,
+            baseline={other: its.ms for other, its in baseline.items()},
             **facts,
-        )  # fmt: skip
-
-    def _add(
-        self,
-        name: str,
-        value: float,
-        unit: str,
-        spread: float,
-        runs: int,
-        ceiling: Ceiling | None,
-        share: float | None,
-        baseline: dict[str, float],
-        quality: dict[str, float],
-        config: dict[str, Any],
-    ) -> None:
-        self.records.append(
-            Record(
-                name=f"{self.gpu}/{name}",
-                value=value,
-                unit=unit,
-                spread=spread,
-                runs=runs,
-                ceiling=ceiling,
-                share_of_ceiling=share,
-                baseline=baseline,
-                quality=quality,
-                config=config,
-                environment=self.environment,
-                commit=current_commit(),
-                date=today(),
-            )
         )
+
+    def add(
+        self, name: str, value: float, unit: str, spread: float, runs: int, **facts: Any
+    ) -> Record:
+        """Keep the record of a value of this run; `facts` are the record's other fields."""
+        record = new_record(
+            f"{self.gpu}/{name}", value, unit, spread, runs, **facts, environment=self.environment
+        )
+        self.records.append(record)
+        return record
 
 
 @contextmanager

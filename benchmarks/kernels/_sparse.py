@@ -81,26 +81,13 @@ def bench_sparse(
         floor = Ceiling(
             operations(heads, tokens) / rate().value / 1e9, "ms", f"its products at {rate().what}"
         )
-        _, names = session.usable(name, sets[0])
         least = (LEAST_DRY_SQNR_DB if session.dry else LEAST_SQNR_DB)[
             "quantized" if scheme else "rounded"
         ]
-        with provider(name, "reference") as call:
-            expected = _values(call(*sets[0]), scheme)
-        for each in names:
-            with provider(name, each) as call:
-                sqnr = sqnr_db(expected, _values(call(*sets[0]), scheme))
-                session.check(f"{name}/{shape}/{each}", sqnr, least)
-                timing = session.time(call, sets)
-            session.record_time(
-                record_name(label, names, each, shape),
-                timing,
-                slower,
-                floor,
-                quality={"sqnr_db": sqnr},
-                config={"provider": each, "topk": TOPK, "blocks": f"{BLOCK_Q}x{BLOCK_K}"},
-            )
-        del expected
+        record_providers(
+            session, name, label, shape, sets, slower, floor, least,
+            {"topk": TOPK, "blocks": f"{BLOCK_Q}x{BLOCK_K}"}, scheme=scheme,
+        )  # fmt: skip
         if bench_alone is not None:
             bench_alone(shape, sets, slower)
         del sets
@@ -108,14 +95,57 @@ def bench_sparse(
             torch.cuda.empty_cache()
 
 
+def record_providers(
+    session: Session,
+    name: str,
+    label: str,
+    shape: str,
+    sets: list[InputSet],
+    baseline: dict[str, Timing],
+    floor: Ceiling,
+    least: float,
+    config: Mapping[str, Any],
+    *,
+    scheme: str | None = None,
+) -> None:
+    """Check each provider's results against the reference's, time it and record it.
+
+    Args:
+        least: SQNR in dB of the worst result.
+        scheme: by which the result is quantized, if it is.
+    """
+    with provider(name, "reference") as call:
+        expected = _values(call(*sets[0]), scheme)
+    _, names = session.usable(name, sets[0])
+    for each in names:
+        with provider(name, each) as call:
+            sqnr = _least_sqnr_db(expected, _values(call(*sets[0]), scheme))
+            session.check(f"{name}/{shape}/{each}", sqnr, least)
+            timing = session.time(call, sets)
+        session.record_time(
+            record_name(label, names, each, shape),
+            timing,
+            baseline,
+            floor,
+            quality={"sqnr_db": sqnr},
+            config={"provider": each, **config},
+        )
+
+
 def record_name(label: str, names: list[str], each: str, shape: str) -> str:
     """The first of the names, the default provider, is not named."""
     return f"{label}/{shape}" if each == names[0] else f"{label}/{each}/{shape}"
 
 
-def _values(result: Any, scheme: str | None) -> torch.Tensor:
-    """What the result stands for."""
-    return result if scheme is None else dequantize_activation(*result, scheme)
+def _values(result: Any, scheme: str | None) -> tuple[torch.Tensor, ...]:
+    """What the results stand for."""
+    if scheme is not None:
+        return (dequantize_activation(*result, scheme),)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _least_sqnr_db(expected: tuple[torch.Tensor, ...], actual: tuple[torch.Tensor, ...]) -> float:
+    return min(sqnr_db(*pair) for pair in zip(expected, actual, strict=True))
 
 
 def _heads(args: tuple[Any, ...]) -> InputSet:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.kernels._harness import InputSet, Session, dense_attention, provider, sqnr_db
-from benchmarks.kernels._sparse import HEAD_DIM, heads_of_one_product, record_name
+from benchmarks.kernels._harness import InputSet, Session, dense_attention
+from benchmarks.kernels._sparse import HEAD_DIM, heads_of_one_product, record_providers
 from benchmarks.results import Ceiling
 from turbo_opt.kernels.sparse_rules import as_heads
 
@@ -44,21 +44,7 @@ def _bench(session: Session, heads: int, tokens: int, keys: int, sets: list[Inpu
     operations = 2 * products * heads * tokens * keys * HEAD_DIM
     floor = Ceiling(operations / rate.value / 1e9, "ms", f"{products} products at {rate.what}")
     attention = session.time(dense_attention, [inputs[:3] for inputs in sets])
-    with provider(NAME, "reference") as call:
-        expected = call(*sets[0])
-    _, names = session.usable(NAME, sets[0])
-    shape = f"{heads}x{tokens}x{keys}"
-    for each in names:
-        with provider(NAME, each) as call:
-            results = zip(expected, call(*sets[0]), strict=True)
-            sqnr = min(sqnr_db(theirs, mine) for theirs, mine in results)
-            session.check(f"{NAME}/{shape}/{each}", sqnr, LEAST_SQNR_DB)
-            timing = session.time(call, sets)
-        session.record_time(
-            record_name(NAME, names, each, shape),
-            timing,
-            {"sdpa_bf16_without_derivative": attention},
-            floor,
-            quality={"sqnr_db": sqnr},
-            config={"provider": each, "products": products},
-        )
+    record_providers(
+        session, NAME, NAME, f"{heads}x{tokens}x{keys}", sets,
+        {"sdpa_bf16_without_derivative": attention}, floor, LEAST_SQNR_DB, {"products": products},
+    )  # fmt: skip

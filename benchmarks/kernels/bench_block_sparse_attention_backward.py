@@ -8,14 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.kernels._harness import (
-    InputSet,
-    Session,
-    Timing,
-    dense_attention,
-    provider,
-    sqnr_db,
-)
+from benchmarks.kernels._harness import InputSet, Session, Timing, dense_attention, provider
 from benchmarks.kernels._sparse import (
     BLOCK_K,
     BLOCK_Q,
@@ -23,7 +16,7 @@ from benchmarks.kernels._sparse import (
     TOPK,
     heads_of_one_product,
     operations,
-    record_name,
+    record_providers,
 )
 from benchmarks.results import Ceiling
 from turbo_opt.kernels import block_routing
@@ -63,24 +56,11 @@ def _bench(session: Session, name: str, heads: int, tokens: int, sets: list[Inpu
     products = operations(heads, tokens) // 2 * PRODUCTS[name]
     rate = session.bf16_matmul
     floor = Ceiling(products / rate.value / 1e9, "ms", f"{PRODUCTS[name]} products at {rate.what}")
-    _, names = session.usable(name, sets[0])
     dense = {} if name == BACKWARD else {"sdpa_dense_bf16": _dense_time(session, sets)}
-    with provider(name, "reference") as call:
-        expected = call(*sets[0])
-    for each in names:
-        with provider(name, each) as call:
-            results = zip(expected, call(*sets[0]), strict=True)
-            sqnr = min(sqnr_db(theirs, mine) for theirs, mine in results)
-            session.check(f"{name}/{shape}/{each}", sqnr, LEAST_SQNR_DB)
-            timing = session.time(call, sets)
-        session.record_time(
-            record_name(name, names, each, shape),
-            timing,
-            dense,
-            floor,
-            quality={"sqnr_db": sqnr},
-            config={"provider": each, "topk": TOPK, "blocks": f"{BLOCK_Q}x{BLOCK_K}"},
-        )
+    record_providers(
+        session, name, name, shape, sets, dense, floor, LEAST_SQNR_DB,
+        {"topk": TOPK, "blocks": f"{BLOCK_Q}x{BLOCK_K}"},
+    )  # fmt: skip
 
 
 def _dense_time(session: Session, sets: list[InputSet]) -> Timing:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from benchmarks.kernels._harness import InputSet, Session
@@ -12,17 +14,11 @@ EPS = 1e-6
 
 
 def two_passes(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    scheme: str,
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, *norm: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Our own sum, then our own norm and quantization."""
     stream = gated_residual(x, y, gate)
-    return stream, *layer_norm_quantize(stream, weight, bias, eps, scheme)
+    return stream, *layer_norm_quantize(stream, *norm)
 
 
 def bench(session: Session) -> None:

@@ -3,7 +3,9 @@
 //     y = (q · q_scale) · (weight · weight_scale)ᵀ + bias
 //     EPILOGUE 0   y                    as bf16
 //     EPILOGUE 1   gelu_tanh(y)         as e4m3 with a scale for each row and 128 features
-//     EPILOGUE 2   x + y · gate         as bf16
+//     EPILOGUE 2   x + y · gate         as bf16; without a gate x + y
+//
+// BIAS and GATE are 0 for none, 1 for float, 2 for bf16; GATE_PER_ROW is 0 where one serves all rows.
 //
 // A tile is ROWS rows by 128 features, one group of the quantized result. CONSUMERS warpgroups
 // multiply, each HALVES · 64 rows; one more brings tiles of 128 along K into STAGES slots. Tensor
@@ -153,35 +155,35 @@ DEVICE void start_products(float (&part)[64], u64 a, u64 b) {
     mma_commit();
 }
 
-#if BIAS == 2
-typedef u16 BiasValue;
-#else
-typedef float BiasValue;
-#endif
+template <int KIND> struct Parameter {
+    typedef float Value;
+};
+template <> struct Parameter<2> {
+    typedef u16 Value;
+};
+typedef Parameter<BIAS>::Value BiasValue;
+typedef Parameter<GATE>::Value GateValue;
 
-// The bias of 8 neighbouring features.
-DEVICE void load_bias(const BiasValue *bias, int feature, float *values) {
-#if BIAS == 2
-    float loaded[8];
-    unpack(*(const Chunk *)(bias + feature), loaded);
+// A parameter of 8 neighbouring features; 0 where there is none.
+template <int KIND>
+DEVICE void load_parameter(const typename Parameter<KIND>::Value *pointer, float (&values)[8]) {
+    if constexpr (KIND == 2) {
+        unpack(*(const Chunk *)pointer, values);
+    } else if constexpr (KIND == 1) {
+        const float4 low = ((const float4 *)pointer)[0], high = ((const float4 *)pointer)[1];
+        values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+        values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+    } else {
 #pragma unroll
-    for (int i = 0; i < 8; i++) values[i] = loaded[i];
-#elif BIAS == 1
-    const float4 *eight = (const float4 *)(bias + feature);
-    const float4 low = eight[0], high = eight[1];
-    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-#else
-#pragma unroll
-    for (int i = 0; i < 8; i++) values[i] = 0.0f;
-#endif
+        for (int i = 0; i < 8; i++) values[i] = 0.0f;
+    }
 }
 
 struct Output {
     void *y;         // (M, N) bf16, or e4m3
     float *y_scale;  // (M, N / 128) with strides (1, M)
     const u16 *x;    // (M, N) bf16
-    const float *gate;
+    const GateValue *gate;
     long long gate_batch, gate_row;  // strides
     int length;                      // rows of a batch
 };
@@ -220,20 +222,68 @@ DEVICE void store_row(const Output &output, const Problem &problem, float (&valu
         float run[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) run[i] = values[RUN * a + i];
-#if EPILOGUE == 2
-        const int batch = row / output.length, token = row - batch * output.length;
-        const float4 *gate = (const float4 *)(output.gate + batch * output.gate_batch +
-                                              token * output.gate_row + feature + 4 * RUN * a);
-        const float4 low = gate[0], high = gate[1];
-        const float gates[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        float x[8];
-        unpack(*(const Chunk *)(output.x + at + 4 * RUN * a), x);
-#pragma unroll
-        for (int i = 0; i < 8; i++) run[i] = fmaf(run[i], gates[i], x[i]);
-#endif
         *(Chunk *)((u16 *)output.y + at + 4 * RUN * a) = pack(run);
     }
 #endif
+}
+
+// A thread's rows of a tile, added to the stream. All of x is asked for first, into the registers
+// of a product, which are free by then; bias and gate are applied while it is on its way, and no
+// load waits for a store.
+DEVICE void add_to_stream(const Output &output, const Problem &problem, const BiasValue *bias,
+                          float (&sums)[HALVES][64], int first_row, int feature) {
+    Chunk x[HALVES][2][RUNS];
+#pragma unroll
+    for (int h = 0; h < HALVES; h++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int row = min(first_row + 64 * h + 8 * r, problem.rows - 1);
+            const u16 *source = output.x + (long long)row * problem.features + feature;
+#pragma unroll
+            for (int a = 0; a < RUNS; a++) x[h][r][a] = *(const Chunk *)(source + 4 * RUN * a);
+        }
+#pragma unroll
+    for (int a = 0; a < RUNS; a++) {
+        float added[8], gate[8];
+        const int run = feature + 4 * RUN * a;
+        load_parameter<BIAS>(bias + run, added);
+        if (GATE && !GATE_PER_ROW) load_parameter<GATE>(output.gate + run, gate);
+#pragma unroll
+        for (int h = 0; h < HALVES; h++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                if (GATE_PER_ROW) {
+                    const int row = min(first_row + 64 * h + 8 * r, problem.rows - 1);
+                    const int batch = row / output.length, token = row - batch * output.length;
+                    const GateValue *own = output.gate + batch * output.gate_batch +
+                                           token * output.gate_row;
+                    load_parameter<GATE>(own + run, gate);
+                }
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    float &sum = sums[h][(RUN * a + i) / 2 * 4 + 2 * r + i % 2];
+                    sum += added[i];
+                    if (GATE) sum *= gate[i];
+                }
+            }
+    }
+#pragma unroll
+    for (int h = 0; h < HALVES; h++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int row = first_row + 64 * h + 8 * r;
+            if (row >= problem.rows) continue;
+            u16 *target = (u16 *)output.y + (long long)row * problem.features + feature;
+#pragma unroll
+            for (int a = 0; a < RUNS; a++) {
+                float values[8];
+                unpack(x[h][r][a], values);
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    values[i] += sums[h][(RUN * a + i) / 2 * 4 + 2 * r + i % 2];
+                *(Chunk *)(target + 4 * RUN * a) = pack(values);
+            }
+        }
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) linear(
@@ -245,7 +295,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     void *y,                                       // (M, N) bf16; or e4m3 …
     float *y_scale,                                // … with (M, N / 128), strides (1, M)
     const u16 *x,                                  // (M, N) bf16
-    const float *gate,                             // (M / length, length, N), of these strides
+    const GateValue *gate,                         // (M / length, length, N), of these strides
     long long gate_batch, long long gate_row, int length,
     int rows, int features, int blocks) {
     extern __shared__ __align__(1024) char memory[];
@@ -340,10 +390,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             const int start = (tile.column * CLUSTER + rank) * SIDE;
             const int feature = start + RUN * (lane & 3);
             if (start >= features) continue;  // beyond the last, of an odd number of columns
-            float added[32];
+#if EPILOGUE == 2
+            add_to_stream(output, problem, bias, sums, row, feature);
+#else
+            float added[4][8];
 #pragma unroll
-            for (int i = 0; i < 32; i += 8)
-                load_bias(bias, feature + 4 * (i / RUN * RUN) + i % RUN, added + i);
+            for (int i = 0; i < 4; i++)
+                load_parameter<BIAS>(bias + feature + 4 * (8 * i / RUN * RUN) + 8 * i % RUN,
+                                     added[i]);
 #pragma unroll
             for (int h = 0; h < HALVES; h++)
 #pragma unroll
@@ -351,9 +405,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                     float values[32];
 #pragma unroll
                     for (int i = 0; i < 32; i++)
-                        values[i] = sums[h][i / 2 * 4 + 2 * r + i % 2] + added[i];
+                        values[i] = sums[h][i / 2 * 4 + 2 * r + i % 2] + added[i / 8][i % 8];
                     store_row(output, problem, values, row + 64 * h + 8 * r, feature, lane);
                 }
+#endif
         }
     }
     if (CLUSTER > 1) cluster_sync();  // no program ends while another still arrives or copies here

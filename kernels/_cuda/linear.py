@@ -12,7 +12,7 @@ from .compiler import Long, load_kernel
 from .tensor_map import TensorMap, encode
 
 BF16, GELU_QUANTIZED, GATED_RESIDUAL = range(3)  # epilogues
-_BIAS = {None: 0, torch.float32: 1, torch.bfloat16: 2}
+_KINDS = {None: 0, torch.float32: 1, torch.bfloat16: 2}  # of bias and gate
 _ALIGNMENT = 1024  # of a tile in shared memory
 _HALF = 64  # rows of one product of a warpgroup
 
@@ -90,13 +90,13 @@ def linear_gelu_quantize(
 
 
 def linear_gated_residual(
-    layer: Layer, x: torch.Tensor, gate: torch.Tensor, variant: Variant = VARIANT
+    layer: Layer, x: torch.Tensor, gate: torch.Tensor | None, variant: Variant = VARIANT
 ) -> torch.Tensor:
-    """x + y · gate, bfloat16, y not rounded before.
+    """x + y · gate, or x + y without one: bfloat16, y not rounded before.
 
     Args:
         x: (B, L, N) bfloat16.
-        gate: (B or 1, L or 1, N), of any floating-point dtype.
+        gate: (B or 1, L or 1, N), float32 or bfloat16, or None.
     """
     stream = _empty(layer, torch.bfloat16)
     _launch(GATED_RESIDUAL, layer, stream, variant, x=x, gate=gate)
@@ -125,13 +125,16 @@ def _launch(
     weight = _on_16_bytes(layer.weight.contiguous())
     bias = None if layer.bias is None else _on_16_bytes(layer.bias.contiguous())
     tokens = q.numel() // depth
+    per_row = gate is not None and tuple(gate.shape[:2]) != (1, 1)
     length = tokens
-    if x is not None and gate is not None:
+    if x is not None:
         x, length = _on_16_bytes(x.contiguous()), x.shape[1]
-        gate = _on_16_bytes(gate.float().contiguous()).expand(x.shape)
+        gate = None if gate is None else _on_whole_chunks(gate).expand(x.shape)
     defines = {
         "EPILOGUE": epilogue,
-        "BIAS": _BIAS[None if bias is None else bias.dtype],
+        "BIAS": _KINDS[None if bias is None else bias.dtype],
+        "GATE": _KINDS[None if gate is None else gate.dtype],
+        "GATE_PER_ROW": int(per_row),
         **{name.upper(): value for name, value in variant._asdict().items()},
     }
     kernel = load_kernel(
@@ -166,6 +169,15 @@ def map_of_weight(weight: torch.Tensor, run: int) -> TensorMap:
     sides = (depth, 2, 4, run // 2, features // (4 * run))
     strides = (depth, run * depth, 2 * depth, 4 * run * depth)
     return encode(weight.data_ptr(), sides, strides, (BLOCK, 2, 4, run // 2, BLOCK // (4 * run)))
+
+
+def _on_whole_chunks(gate: torch.Tensor) -> torch.Tensor:
+    """The gate (…, N) itself where each row begins on 16 bytes, else a copy."""
+    strides = [s for s, n in zip(gate.stride(), gate.shape, strict=True) if n > 1]
+    step = 16 // gate.element_size()
+    if gate.stride(-1) != 1 or any(stride % step for stride in strides[:-1]):
+        gate = gate.contiguous()
+    return _on_16_bytes(gate)
 
 
 def _on_16_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,39 +3,112 @@
 //     x' = x + branch · gate
 //     y = (x' − mean) · rstd · (OFFSET + gain) + bias
 //
-// A team of TEAM warps takes a row and keeps it in registers. CHANNELS is a multiple of 256 · TEAM.
-// BRANCH, GATE, GAIN and BIAS say which of them there are; without GAIN, OFFSET + gain is 1. OUTPUT:
-// 0 none, 1 bf16, 2 e4m3 with a scale per 128 channels. PROGRAMS share a multiprocessor at least.
+// A team of TEAM warps takes a row and keeps it in registers; or two, without a branch, where gain and
+// bias are those of both and are read once. CHANNELS is a multiple of 256 · TEAM. BRANCH, GATE, GAIN
+// and BIAS say which of them there are; without GAIN, OFFSET + gain is 1. OUTPUT: 0 none, 1 bf16,
+// 2 e4m3 with a scale per 128 channels. PROGRAMS share a multiprocessor at least.
 //
 // Nothing that is read is written here; __restrict__ says so, or each load would wait for the store
 // before it.
 
 constexpr int STRIDE = 256 * TEAM, CHUNKS = CHANNELS / STRIDE;  // channels per step, steps
 
-// The sum over a row's lanes; `places` are the program's, for this sum alone.
-DEVICE float team_sum(float x, float (&places)[WARPS]) {
-    x = warp_sum(x);
-#if TEAM > 1
-    const int warp = threadIdx.x >> 5;
-    if ((threadIdx.x & 31) == 0) places[warp] = x;
-    asm volatile("bar.sync %0, %1;" ::"r"(warp / TEAM + 1), "n"(32 * TEAM) : "memory");
-    x = 0.0f;
+// Sums of N numbers over a team's lanes; `places` are the program's.
+template <int N> DEVICE void team_sums(float (&x)[N]) {
 #pragma unroll
-    for (int i = 0; i < TEAM; i++) x += places[warp / TEAM * TEAM + i];
+    for (int n = 0; n < N; n++) x[n] = warp_sum(x[n]);
+#if TEAM > 1
+    __shared__ float places[N][WARPS];
+    const int warp = threadIdx.x >> 5;
+    if ((threadIdx.x & 31) == 0) {
+#pragma unroll
+        for (int n = 0; n < N; n++) places[n][warp] = x[n];
+    }
+    asm volatile("bar.sync %0, %1;" ::"r"(warp / TEAM + 1), "n"(32 * TEAM) : "memory");
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        x[n] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < TEAM; i++) x[n] += places[n][warp / TEAM * TEAM + i];
+    }
 #endif
-    return x;
 }
 
-// Where many programs are to share a multiprocessor, makes the compiler forget what it unpacked, so
-// that only the packed row stays in registers.
-DEVICE void stay_packed(Chunk (&kept)[CHUNKS]) {
-#if PROGRAMS > 2
+// Makes the compiler forget what it unpacked, so that only the packed rows stay in registers and
+// many programs can share a multiprocessor.
+DEVICE void stay_packed(Chunk (&kept)[ROWS][CHUNKS]) {
+#if PROGRAMS > 2 || ROWS == 2
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++)
+    for (int r = 0; r < ROWS; r++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) asm volatile("" : "+r"(kept[c].pairs[i]));
+        for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) asm volatile("" : "+r"(kept[r][c].pairs[i]));
 #endif
 }
+
+// 1 / √(variance + eps) of each row, and −mean times that; without CENTERED the mean is taken as 0.
+// One pass: squares are summed about the pivot, a value of the row, so that a mean that is large
+// beside the deviation costs no digits.
+DEVICE void measure(const Chunk (&kept)[ROWS][CHUNKS], const float (&pivots)[ROWS], float eps,
+                    float (&rstd)[ROWS], float (&offset)[ROWS]) {
+    float sums[2 * ROWS] = {};
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+            float values[8];
+            unpack(kept[r][c], values);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const float apart = CENTERED ? values[i] - pivots[r] : values[i];
+                if (CENTERED) sums[2 * r] += apart;
+                sums[2 * r + 1] = fmaf(apart, apart, sums[2 * r + 1]);
+            }
+        }
+    team_sums(sums);
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const float apart = sums[2 * r] * (1.0f / CHANNELS);
+        const float square = sums[2 * r + 1] * (1.0f / CHANNELS);
+        rstd[r] = rsqrtf(fmaxf(fmaf(-apart, apart, square), 0.0f) + eps);
+        offset[r] = -(pivots[r] + apart) * rstd[r];
+    }
+}
+
+#if OUTPUT == 2
+// Quantizes 128 channels of each row, which lie in 16 neighbouring lanes. Of two rows, the lower 8
+// lanes find the first one's scale and the upper 8 the second one's. Returns the lane's scale.
+DEVICE float quantize_rows(const float (&values)[ROWS][8], u32 (&quantized)[ROWS][2], int lane) {
+#if ROWS == 1
+    return quantize_group(values[0], quantized[0]);
+#else
+    float largest[2] = {};
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) largest[r] = fmaxf(largest[r], fabsf(values[r][i]));
+    const bool upper = lane & 8;
+    float mine = upper ? largest[1] : largest[0];
+    mine = fmaxf(mine, __shfl_xor_sync(0xffffffffu, upper ? largest[0] : largest[1], 8));
+#pragma unroll
+    for (int lanes = 4; lanes; lanes >>= 1)
+        mine = fmaxf(mine, __shfl_xor_sync(0xffffffffu, mine, lanes));
+    float factor;
+    const float step = e4m3_step(mine, factor);
+    const float other = __shfl_xor_sync(0xffffffffu, factor, 8);
+    const float factors[2] = {upper ? other : factor, upper ? factor : other};
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            quantized[r][i] = pack_e4m3(
+                values[r][4 * i] * factors[r], values[r][4 * i + 1] * factors[r],
+                values[r][4 * i + 2] * factors[r], values[r][4 * i + 3] * factors[r]);
+    return step;
+#endif
+}
+#endif
 
 #if PARAMETER_BF16
 typedef u16 Parameter;
@@ -45,9 +118,20 @@ DEVICE void load_parameter(const Parameter *at, float (&values)[8]) {
 #else
 typedef float Parameter;
 DEVICE void load_parameter(const Parameter *at, float (&values)[8]) {
-    const float4 low = ((const float4 *)at)[0], high = ((const float4 *)at)[1];
-    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+        float4 x;
+#if ROWS == 2
+        // Loads that stay in their place: brought forward, they would take the rows' registers.
+        asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                     : "l"(at + i)
+                     : "memory");
+#else
+        x = *(const float4 *)(at + i);
+#endif
+        values[i] = x.x, values[i + 1] = x.y, values[i + 2] = x.z, values[i + 3] = x.w;
+    }
 }
 #endif
 
@@ -61,32 +145,40 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) process_rows(
     u16 *__restrict__ stream,            // (B, L, C): x', or null
     void *__restrict__ y,                // (B, L, C)
     float *__restrict__ y_scale,         // (B·L, C / 128) with strides (1, B·L)
-    float eps, int rows, int length,
+    float eps, int batches, int length,
     long long x_batch, long long x_row, long long branch_batch, long long branch_row,
     long long gate_batch, long long gate_row, long long gain_batch, long long gain_row,
     long long bias_batch, long long bias_row) {
-    __shared__ float places[2][WARPS];
     const int lane = threadIdx.x % (32 * TEAM);
-    const int row = blockIdx.x * (WARPS / TEAM) + threadIdx.x / (32 * TEAM);
-    if (row >= rows) return;
-    const int batch = row / length, token = row % length;
-    x += batch * x_batch + token * x_row + 8 * lane;
-    Chunk kept[CHUNKS];
+    const int teams = (length + ROWS - 1) / ROWS;  // of a batch entry
+    const int team = blockIdx.x * (WARPS / TEAM) + threadIdx.x / (32 * TEAM);
+    if (team >= batches * teams) return;
+    const int batch = team / teams, token = team % teams * ROWS;
+    const bool last_is_whole = token + ROWS <= length;
+    x += batch * x_batch + token * x_row;
+    Chunk kept[ROWS][CHUNKS];
+    float pivots[ROWS];  // near a row's mean
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++) kept[c] = *(const Chunk *)(x + STRIDE * c);
+    for (int r = 0; r < ROWS; r++) {
+        const u16 *from = r == 0 || last_is_whole ? x + r * x_row : x;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++)
+            kept[r][c] = *(const Chunk *)(from + STRIDE * c + 8 * lane);
+        pivots[r] = CENTERED ? __uint_as_float((u32)*from << 16) : 0.0f;
+    }
 #if BRANCH
     branch += batch * branch_batch + token * branch_row + 8 * lane;
 #if GATE
     gate += batch * gate_batch + token * gate_row + 8 * lane;
 #endif
-    stream += (long long)row * CHANNELS + 8 * lane;
+    stream += ((long long)batch * length + token) * CHANNELS + 8 * lane;
     Chunk added[CHUNKS];
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) added[c] = *(const Chunk *)(branch + STRIDE * c);
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         float values[8], addend[8];
-        unpack(kept[c], values);
+        unpack(kept[0][c], values);
         unpack(added[c], addend);
 #if GATE
         float factor[8];
@@ -97,33 +189,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) process_rows(
 #pragma unroll
         for (int i = 0; i < 8; i++) values[i] += addend[i];
 #endif
-        kept[c] = pack(values);
-        *(Chunk *)(stream + STRIDE * c) = kept[c];
+        kept[0][c] = pack(values);
+        *(Chunk *)(stream + STRIDE * c) = kept[0][c];
     }
 #endif
 #if OUTPUT
-    float mean = 0.0f, squares = 0.0f;
-#if CENTERED
-    float sum = 0.0f;
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-        float values[8];
-        unpack(kept[c], values);
-#pragma unroll
-        for (int i = 0; i < 8; i++) sum += values[i];
-    }
-    mean = team_sum(sum, places[0]) * (1.0f / CHANNELS);
-    stay_packed(kept);
-#endif
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-        float values[8];
-        unpack(kept[c], values);
-#pragma unroll
-        for (int i = 0; i < 8; i++) squares = fmaf(values[i] - mean, values[i] - mean, squares);
-    }
-    const float rstd = 1.0f / sqrtf(team_sum(squares, places[1]) * (1.0f / CHANNELS) + eps);
-    const float offset = -mean * rstd;
+    float rstd[ROWS], offset[ROWS];
+    measure(kept, pivots, eps, rstd, offset);
     stay_packed(kept);
 #if GAIN
     gain += batch * gain_batch + token * gain_row + 8 * lane;
@@ -133,29 +205,42 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) process_rows(
 #endif
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
-        float values[8], factor[8], shift[8] = {};
-        unpack(kept[c], values);
-#pragma unroll
-        for (int i = 0; i < 8; i++) values[i] = fmaf(values[i], rstd, offset);
+        float factor[8], shift[8] = {}, values[ROWS][8];
 #if BIAS
         load_parameter(bias + STRIDE * c, shift);
 #endif
 #if GAIN
         load_parameter(gain + STRIDE * c, factor);
 #pragma unroll
-        for (int i = 0; i < 8; i++) values[i] = fmaf(values[i], OFFSET + factor[i], shift[i]);
+        for (int i = 0; i < 8; i++) factor[i] += OFFSET;
+#endif
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            unpack(kept[r][c], values[r]);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                values[r][i] = fmaf(values[r][i], rstd[r], offset[r]);
+                values[r][i] =
+                    GAIN ? fmaf(values[r][i], factor[i], shift[i]) : values[r][i] + shift[i];
+            }
+        }
+        const long long row = (long long)batch * length + token;
+        const long long at = row * CHANNELS + STRIDE * c + 8 * lane;
+#if OUTPUT == 2
+        u32 quantized[ROWS][2];
+        const float step = quantize_rows(values, quantized, lane);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            if (r == 0 || last_is_whole)
+                *(uint2 *)((char *)y + at + r * CHANNELS) =
+                    make_uint2(quantized[r][0], quantized[r][1]);
+        const int r = ROWS == 2 ? lane >> 3 & 1 : 0;
+        if (lane % (16 / ROWS) == 0 && (r == 0 || last_is_whole))
+            y_scale[(long long)(STRIDE / 128 * c + lane / 16) * batches * length + row + r] = step;
 #else
 #pragma unroll
-        for (int i = 0; i < 8; i++) values[i] += shift[i];
-#endif
-        const long long at = (long long)row * CHANNELS + STRIDE * c + 8 * lane;
-#if OUTPUT == 2
-        u32 quantized[2];
-        const float scale = quantize_group(values, quantized);
-        *(uint2 *)((char *)y + at) = make_uint2(quantized[0], quantized[1]);
-        if (lane % 16 == 0) y_scale[(long long)(STRIDE / 128 * c + lane / 16) * rows + row] = scale;
-#else
-        *(Chunk *)((u16 *)y + at) = pack(values);
+        for (int r = 0; r < ROWS; r++)
+            if (r == 0 || last_is_whole) *(Chunk *)((u16 *)y + at + r * CHANNELS) = pack(values[r]);
 #endif
     }
 #endif

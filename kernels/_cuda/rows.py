@@ -10,13 +10,22 @@ from ..capability import Capability, capability_of
 from ..schemes import BLOCK
 from .compiler import Kernel, Long, load_kernel
 
-WARPS = 8  # of a program
-PROGRAMS = 4  # that share a multiprocessor
-PROGRAMS_WITH_BRANCH = 2  # twice as much is on its way to each
-STEPS_OF_ONE_WARP = 6  # beyond, two, four or eight warps share a row if it splits evenly
 VALUES_PER_GROUP_PROGRAM = 256 * 4 * 8
 CHANNELS_PER_STEP = 256  # of a warp: 16 bytes per lane
 LARGEST_ROW = 6144  # a row lies packed in a warp's registers
+LARGEST_TEAM = 4
+
+
+class Shape(NamedTuple):
+    """How rows are shared out; see rows.cu. The fields are its macros.
+
+    warps of a program, programs of a multiprocessor, warps of a team, rows of a team
+    """
+
+    warps: int
+    programs: int
+    team: int
+    rows: int
 
 
 def unsupported(capability: Capability, dtype: torch.dtype, channels: int) -> str | None:
@@ -86,13 +95,11 @@ def process_rows(
     batch, length, channels = rows_BLC.shape
     added = _aligned_rows(branch.y) if branch else None
     gate, gain, bias = _parameters((branch.gate if branch else None, gain, bias), rows_BLC)
-    team = _team(channels)
+    shape = _shape(channels, branch is not None, (gain, bias))
     narrow = any(p is not None and p.dtype is torch.bfloat16 for p in (gate, gain, bias))
     defines = {
         "CHANNELS": channels,
-        "WARPS": WARPS,
-        "PROGRAMS": PROGRAMS_WITH_BRANCH if branch else PROGRAMS,
-        "TEAM": team,
+        **{name.upper(): value for name, value in shape._asdict().items()},
         "BRANCH": int(branch is not None),
         "GATE": int(gate is not None),
         "GAIN": int(gain is not None),
@@ -102,11 +109,11 @@ def process_rows(
         "OFFSET": gain_offset,
         "PARAMETER_BF16": int(narrow),
     }
-    rows = batch * length
+    teams = batch * -(-length // shape.rows)
     _load("rows.cu", "process_rows", x, defines).launch(
-        (-(-rows * team // WARPS),), 32 * WARPS,
+        (-(-teams * shape.team // shape.warps),), 32 * shape.warps,
         rows_BLC, added, gate, gain, bias, branch.stream if branch else None, y, y_scale,
-        eps, rows, length,
+        eps, batch, length,
         *(stride for tensor in (rows_BLC, added, gate, gain, bias) for stride in _strides(tensor)),
     )  # fmt: skip
 
@@ -145,10 +152,22 @@ def quantize_groups(x: torch.Tensor, *, gelu: bool) -> tuple[torch.Tensor, torch
     return q, scale
 
 
-def _team(channels: int) -> int:
-    """How many warps share a row, so that each keeps its part in registers."""
-    steps, team = channels // CHANNELS_PER_STEP, 1
-    while steps > STEPS_OF_ONE_WARP and steps % 2 == 0 and team < WARPS:
+def _shape(channels: int, branch: bool, parameters: tuple[torch.Tensor | None, ...]) -> Shape:
+    """As measured on an H200 with 1536 and 5120 channels: rows in flight against registers."""
+    steps = channels // CHANNELS_PER_STEP
+    shared = all(p is None or p.shape[1] == 1 or p.stride(1) == 0 for p in parameters)
+    if branch or not shared:
+        return Shape(8, 2 if branch else 4, _team(steps, 6), 1)
+    team = _team(steps, 5)
+    if steps <= 3 * team:
+        return Shape(8, 3, team, 2)
+    return Shape(4, 5 if steps <= 5 * team else 2, team, 2)
+
+
+def _team(steps: int, most: int) -> int:
+    """How many warps share a row, so that each takes `most` steps, if it splits so evenly."""
+    team = 1
+    while steps > most and steps % 2 == 0 and team < LARGEST_TEAM:
         steps, team = steps // 2, 2 * team
     return team
 

@@ -10,9 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ..schemes import BLOCK, Scheme, blocks
+from ..schemes import BLOCK, SCHEMES, Scheme, blocks
 from .device import block_scale, gelu_tanh, load_float, to_quantized
-from .rows import Branch, as_batched_rows, broadcast_to_rows, measure_rows, row_strides
+from .rows import (
+    Branch,
+    as_batched_rows,
+    broadcast_to_rows,
+    measure_rows,
+    quantize_normalized_rows,
+    row_strides,
+)
 
 
 @triton.jit
@@ -141,3 +148,27 @@ def quantize_tiles(
         num_warps=8,
     )
     return q, scale
+
+
+def quantize_norm(
+    x: torch.Tensor,
+    gain: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    scheme: str,
+    *,
+    gain_offset: float,
+    branch: Branch | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize LN(x)·(gain_offset + gain) + bias, of x (…, C) or of x plus a branch.
+
+    Groups of a row take one pass; blocks of 128 rows have their statistics measured first.
+    """
+    rules = SCHEMES[scheme]
+    if rules.activation_block[0] == 1:
+        return quantize_normalized_rows(
+            x, gain, bias, eps, rules, gain_offset=gain_offset, branch=branch
+        )
+    return quantize_tiles(
+        x, rules, gain=gain, bias=bias, gain_offset=gain_offset, eps=eps, branch=branch
+    )

@@ -9,7 +9,7 @@ import torch
 
 from ..checks import check_activation, check_modulation
 from ..operator import Operator
-from ..row_calls import RowCall, row_providers
+from ..row_calls import describe_rows, like_x, row_providers
 
 
 def check(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> None:
@@ -18,21 +18,13 @@ def check(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float)
     check_modulation("adaln", "shift", shift, x)
 
 
-def describe(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> RowCall:
-    return RowCall(x.shape[-1], x.dtype)
-
-
-def fake(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
-
 ADALN = Operator(
     name="adaln",
     schema="(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor",
     package=__name__,
-    fake=fake,
+    fake=like_x,
     check=check,
-    describe=describe,
+    describe=describe_rows,
     providers=row_providers(__name__),
 )
 

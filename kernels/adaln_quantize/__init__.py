@@ -10,7 +10,7 @@ import torch
 from ..block_quantize import fake as fake_quantized
 from ..checks import check_activation, check_modulation
 from ..operator import Operator
-from ..row_calls import RowCall, row_providers
+from ..row_calls import describe_quantized_rows, row_providers
 from ..schemes import check_in_features, scheme_named
 
 
@@ -23,25 +23,13 @@ def check(
     check_in_features(x.shape[-1], scheme_named(scheme))
 
 
-def describe(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, scheme: str
-) -> RowCall:
-    return RowCall(x.shape[-1], x.dtype, scheme)
-
-
-def fake(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, scheme: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return fake_quantized(x, scheme)
-
-
 ADALN_QUANTIZE = Operator(
     name="adaln_quantize",
     schema="(Tensor x, Tensor scale, Tensor shift, float eps, str scheme) -> (Tensor, Tensor)",
     package=__name__,
-    fake=fake,
+    fake=fake_quantized,
     check=check,
-    describe=describe,
+    describe=describe_quantized_rows,
     providers=row_providers(__name__),
 )
 

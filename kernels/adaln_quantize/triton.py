@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .._triton.blocks import quantize_tiles
-from .._triton.rows import quantize_normalized_rows
-from ..schemes import SCHEMES
+from .._triton.blocks import quantize_norm
 
 
 def adaln_quantize(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, scheme: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rules = SCHEMES[scheme]
-    if rules.activation_block[0] > 1:
-        return quantize_tiles(x, rules, gain=scale, bias=shift, gain_offset=1.0, eps=eps)
-    return quantize_normalized_rows(x, scale, shift, eps, rules, gain_offset=1.0)
+    return quantize_norm(x, scale, shift, eps, scheme, gain_offset=1.0)

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._triton.support import unsupported_device
+from ..block_sparse_rules import BlockSparseCall
+from ..block_sparse_rules import triton_supports as trainable_tiles_support
 from ..capability import Capability
 from ..checks import ACTIVATION_DTYPES
 from ..errors import KernelError, OperatorInputError
@@ -84,23 +85,12 @@ def describe(
     return AttentionJvpCall(q.shape[-1], q.dtype, tk is not None)
 
 
-def fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tq: torch.Tensor,
-    tk: torch.Tensor | None,
-    tv: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def fake(q: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     return empty_heads(q), empty_heads(q)
 
 
 def triton_supports(capability: Capability, call: AttentionJvpCall) -> str | None:
-    if call.head_dim not in (16, 32, 64, 128):
-        return f"its tiles are 16, 32, 64 or 128 channels wide, got {call.head_dim}"
-    if call.dtype is torch.float64:
-        return "its sums are kept in float32"
-    return unsupported_device(capability)
+    return trainable_tiles_support(capability, BlockSparseCall(call.head_dim, call.dtype))
 
 
 ATTENTION_JVP = Operator(

@@ -1,5 +1,7 @@
 """block_linear as a persistent, tiled product: int8 from sm80, fp8 from sm89.
 
+A residual stream may be added to the result, times a gate, before that is stored.
+
 A tile is 128 tokens by one or two blocks of 128 output features, so a block of K has one scale per
 (token, feature block) of the tile. Tensor-core sums of one K block are scaled into float32
 accumulators: Hopper's fp8 units keep fewer bits than float32, and int8's sums must be scaled.
@@ -56,26 +58,43 @@ def _store_block(
     y,
     descriptor,
     bias,
+    x,
+    gate,
+    gate_batch,
+    gate_row,
+    length,
     accumulator,
     row,
     column,
     rows,
     columns,
+    GATE_PER_ROW: tl.constexpr,
     SIDE: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Add the bias and write a block of the row-major (rows, columns) result."""
+    """Add bias and stream and write a block of the row-major (rows, columns) result."""
+    at_row = row + tl.arange(0, SIDE)
     at_column = column + tl.arange(0, SIDE)
+    offsets = at_row.to(tl.int64)[:, None] * columns + at_column[None, :]
+    inside = (at_row[:, None] < rows) & (at_column[None, :] < columns)
     if bias is not None:
         values = tl.load(bias + at_column, mask=at_column < columns, other=0.0).to(tl.float32)
         accumulator += values[None, :]
+    if gate is not None:
+        if GATE_PER_ROW:
+            batch, token = at_row // length, (at_row % length).to(tl.int64)
+            of_row = batch.to(tl.int64) * gate_batch + token * gate_row
+            gates = tl.load(gate + of_row[:, None] + at_column[None, :], mask=inside, other=0.0)
+            accumulator *= gates.to(tl.float32)
+        else:
+            gates = tl.load(gate + at_column, mask=at_column < columns, other=0.0)
+            accumulator *= gates.to(tl.float32)[None, :]
+    if x is not None:
+        accumulator += tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
     result = accumulator.to(y.dtype.element_ty)
     if TMA:
         descriptor.store([row, column], result)
     else:
-        at_row = row + tl.arange(0, SIDE)
-        offsets = at_row.to(tl.int64)[:, None] * columns + at_column[None, :]
-        inside = (at_row[:, None] < rows) & (at_column[None, :] < columns)
         tl.store(y + offsets, result, mask=inside)
 
 
@@ -86,15 +105,21 @@ def _multiply_blocks(
     weight,  # (N, K) of q's dtype, contiguous
     weight_scale,  # (ceil(N / 128), K / 128) float32, contiguous
     bias,  # (N,), or None
+    x,  # (M, N), contiguous, added to the result; or None
+    gate,  # broadcast to (M / length, length, N), strides (gate_batch, gate_row, 1); or None
     y,  # (M, N), contiguous
     tokens,  # M
     scale_row,
     scale_group,
+    gate_batch,
+    gate_row,
+    length,
     FEATURES: tl.constexpr,  # N
     IN_FEATURES: tl.constexpr,  # K
     SIDE: tl.constexpr,  # 128
     WIDE: tl.constexpr,  # two blocks of features per tile instead of one
     PER_TOKEN: tl.constexpr,  # q_scale has one row per token
+    GATE_PER_ROW: tl.constexpr,  # else one gate serves all rows
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,  # overlap a tile's end with the next one's start
     ROWS_PER_BAND: tl.constexpr,
@@ -153,10 +178,42 @@ def _multiply_blocks(
                 sums_2 = tl.dot(q_block, w_block_2.T)
                 accumulator_2 = _add_scaled(accumulator_2, sums_2, token_scale, scale_2, PER_TOKEN)
 
-        _store_block(y, y_tma, bias, accumulator, row, column, tokens, FEATURES, SIDE, TMA)
+        _store_block(
+            y,
+            y_tma,
+            bias,
+            x,
+            gate,
+            gate_batch,
+            gate_row,
+            length,
+            accumulator,
+            row,
+            column,
+            tokens,
+            FEATURES,
+            GATE_PER_ROW,
+            SIDE,
+            TMA,
+        )
         if WIDE:
             _store_block(
-                y, y_tma, bias, accumulator_2, row, column + SIDE, tokens, FEATURES, SIDE, TMA
+                y,
+                y_tma,
+                bias,
+                x,
+                gate,
+                gate_batch,
+                gate_row,
+                length,
+                accumulator_2,
+                row,
+                column + SIDE,
+                tokens,
+                FEATURES,
+                GATE_PER_ROW,
+                SIDE,
+                TMA,
             )
 
 
@@ -189,12 +246,21 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
 def _tma_serves(*matrices: torch.Tensor) -> bool:
     """TMA wants sm90, a base address and a row of whole 16 bytes."""
     device = matrices[0].device
-    if device.type != "cuda":
-        return interpreting()
-    return capability_of(device).at_least(9, 0) and all(
+    if device.type == "cuda":
+        capable = capability_of(device).at_least(9, 0)
+    else:
+        capable = interpreting()
+    return capable and all(
         matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
         for matrix in matrices
     )
+
+
+class Residual(NamedTuple):
+    """What the result is added to, times a gate."""
+
+    x: torch.Tensor  # (B, L, N)
+    gate: torch.Tensor | None  # (B or 1, L or 1, N)
 
 
 def block_linear(
@@ -205,6 +271,7 @@ def block_linear(
     bias: torch.Tensor | None,
     scheme: str,
     dtype: torch.dtype,
+    residual: Residual | None = None,
 ) -> torch.Tensor:
     features, in_features = weight.shape
     y = torch.empty((*q.shape[:-1], features), dtype=dtype, device=q.device)
@@ -216,6 +283,13 @@ def block_linear(
     tma = _tma_serves(q_MK, weight, y_MN)
     if tma:
         triton.set_allocator(_scratch)
+    x, gate, length, per_row = None, None, tokens, False
+    if residual is not None:
+        x, length = residual.x.contiguous(), residual.x.shape[1]
+        if residual.gate is not None:
+            per_row = tuple(residual.gate.shape[:2]) != (1, 1)
+            gate = residual.gate if residual.gate.stride(-1) == 1 else residual.gate.contiguous()
+            gate = gate.expand(x.shape)
 
     def launch(config: ProductConfig) -> None:
         row_tiles = triton.cdiv(tokens, BLOCK)
@@ -227,15 +301,21 @@ def block_linear(
             weight,
             weight_scale,
             bias,
+            x,
+            gate,
             y_MN,
             tokens,
             q_scale.stride(0),
             q_scale.stride(1),
+            0 if gate is None else gate.stride(0),
+            0 if gate is None else gate.stride(1),
+            length,
             FEATURES=features,
             IN_FEATURES=in_features,
             SIDE=BLOCK,
             WIDE=config.wide,
             PER_TOKEN=scheme == "fp8-block",
+            GATE_PER_ROW=per_row,
             TMA=tma,
             FLATTEN=config.flatten,
             ROWS_PER_BAND=ROWS_PER_BAND,
@@ -244,6 +324,7 @@ def block_linear(
             maxnreg=config.registers,
         )
 
-    problem = (q.device, scheme, dtype, features, in_features, tokens.bit_length(), tma)
+    kind = (residual is not None, gate is not None, per_row)
+    problem = (q.device, scheme, dtype, features, in_features, tokens.bit_length(), tma, kind)
     launch(fastest(problem, CONFIGS, launch))
     return y

@@ -6,12 +6,13 @@ quantize(v) = round_half_even(v / scale), scale = max(amax of the block, 1e-8) /
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from ..checks import check_activation
 from ..operator import Operator
-from ..row_calls import RowCall, quantize_providers
+from ..row_calls import describe_quantized_rows, quantize_providers
 from ..schemes import BLOCK, blocks, check_in_features, scheme_named
 from .weight import dequantize_weight, quantize_weight
 
@@ -29,12 +30,9 @@ def check(x: torch.Tensor, scheme: str) -> None:
     check_in_features(x.shape[-1], scheme_named(scheme))
 
 
-def describe(x: torch.Tensor, scheme: str) -> RowCall:
-    return RowCall(x.shape[-1], x.dtype, scheme)
-
-
-def fake(x: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor]:
-    rules = scheme_named(scheme)
+def fake(x: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """x quantized by the scheme that is the last argument, as other operators have it too."""
+    rules = scheme_named(others[-1])
     rows, groups = math.prod(x.shape[:-1]), x.shape[-1] // BLOCK
     q = x.new_empty(x.shape, dtype=rules.dtype)
     if rules.activation_block[0] == 1:
@@ -48,7 +46,7 @@ QUANTIZE_ACTIVATION = Operator(
     package=__name__,
     fake=fake,
     check=check,
-    describe=describe,
+    describe=describe_quantized_rows,
     providers=quantize_providers(__name__),
 )
 

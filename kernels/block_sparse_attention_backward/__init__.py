@@ -8,7 +8,7 @@ Source: FlashAttention-2, arXiv 2307.08691, §3.1.2, restricted to the blocks of
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,17 +25,22 @@ from ..sparse_rules import empty_heads
 NAME = "block_sparse_attention_backward"
 
 
-def check(
-    grad_o: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    log_sum: torch.Tensor,
-    lists: torch.Tensor,
-    block_q: int,
-    block_k: int,
-) -> None:
+class BackwardArguments(NamedTuple):
+    """The arguments, in the order of the schema."""
+
+    grad_o: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    o: torch.Tensor
+    log_sum: torch.Tensor
+    lists: torch.Tensor
+    block_q: int
+    block_k: int
+
+
+def check(*arguments: Any) -> None:
+    grad_o, q, k, v, o, log_sum, lists, block_q, block_k = BackwardArguments(*arguments)
     check_trainable_heads(NAME, q, k, v, o, grad_o)
     check_block_lists(NAME, q, lists, block_q, block_k)
     if log_sum.ndim != 3 or any(a != b for a, b in zip(log_sum.shape, q.shape, strict=False)):
@@ -44,30 +49,12 @@ def check(
         )
 
 
-def describe(
-    grad_o: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    log_sum: torch.Tensor,
-    lists: torch.Tensor,
-    block_q: int,
-    block_k: int,
-) -> BlockSparseCall:
+def describe(grad_o: torch.Tensor, q: torch.Tensor, *_: object) -> BlockSparseCall:
     return BlockSparseCall(q.shape[-1], q.dtype)
 
 
 def fake(
-    grad_o: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    log_sum: torch.Tensor,
-    lists: torch.Tensor,
-    block_q: int,
-    block_k: int,
+    grad_o: torch.Tensor, q: torch.Tensor, *_: object
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return empty_heads(q), empty_heads(q), empty_heads(q)
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..block_sparse_attention.reference import attended_blocks, computing_dtype
 from ..sla.reference import split_blocks
 from ..sparse_rules import empty_heads
+from . import BackwardArguments
 
 
 def block_sparse_attention_backward(
-    grad_o: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    log_sum: torch.Tensor,
-    lists: torch.Tensor,
-    block_q: int,
-    block_k: int,
+    *arguments: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_o, q, k, v, o, log_sum, lists, block_q, block_k = BackwardArguments(*arguments)
     grads = (empty_heads(q), empty_heads(q), empty_heads(q))
     if q.numel() == 0:
         return grads

@@ -6,6 +6,7 @@ The second kernel walks the transposed lists, so that no two programs add to the
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -23,6 +24,7 @@ from ..block_sparse_attention.triton import (
     store_tokens,
 )
 from ..sparse_rules import block_count, empty_heads
+from . import BackwardArguments
 from .transpose import transpose_lists
 
 QUERY_CONFIGS = (TileConfig(64, 64, 4, 2), TileConfig(64, 64, 8, 2), TileConfig(128, 64, 8, 2))
@@ -136,16 +138,9 @@ def _key_gradients(
 
 
 def block_sparse_attention_backward(
-    grad_o: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    log_sum: torch.Tensor,
-    lists: torch.Tensor,
-    block_q: int,
-    block_k: int,
+    *arguments: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_o, q, k, v, o, log_sum, lists, block_q, block_k = BackwardArguments(*arguments)
     batch, heads, length, head_dim = q.shape
     dq, dk, dv = empty_heads(q), empty_heads(q), empty_heads(q)
     if q.numel() == 0:

@@ -9,28 +9,20 @@ import torch
 
 from ..checks import check_residual
 from ..operator import Operator
-from ..row_calls import RowCall, row_providers
+from ..row_calls import describe_rows, like_x, row_providers
 
 
 def check(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> None:
     check_residual("gated_residual", x, y, gate)
 
 
-def describe(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> RowCall:
-    return RowCall(x.shape[-1], x.dtype)
-
-
-def fake(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
-
 GATED_RESIDUAL = Operator(
     name="gated_residual",
     schema="(Tensor x, Tensor y, Tensor? gate) -> Tensor",
     package=__name__,
-    fake=fake,
+    fake=like_x,
     check=check,
-    describe=describe,
+    describe=describe_rows,
     providers=row_providers(__name__),
 )
 

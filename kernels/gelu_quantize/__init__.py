@@ -12,7 +12,7 @@ import torch
 from ..block_quantize import fake
 from ..checks import check_activation
 from ..operator import Operator
-from ..row_calls import RowCall, quantize_providers
+from ..row_calls import describe_quantized_rows, quantize_providers
 from ..schemes import check_in_features, scheme_named
 
 
@@ -21,17 +21,13 @@ def check(x: torch.Tensor, scheme: str) -> None:
     check_in_features(x.shape[-1], scheme_named(scheme))
 
 
-def describe(x: torch.Tensor, scheme: str) -> RowCall:
-    return RowCall(x.shape[-1], x.dtype, scheme)
-
-
 GELU_QUANTIZE = Operator(
     name="gelu_quantize",
     schema="(Tensor x, str scheme) -> (Tensor, Tensor)",
     package=__name__,
     fake=fake,
     check=check,
-    describe=describe,
+    describe=describe_quantized_rows,
     providers=quantize_providers(__name__),
 )
 

@@ -6,7 +6,7 @@ import torch
 
 from ..checks import check_activation, check_channels
 from ..operator import Operator
-from ..row_calls import RowCall, row_providers
+from ..row_calls import describe_rows, like_x, row_providers
 
 
 def check(
@@ -17,25 +17,13 @@ def check(
     check_channels("layer_norm", "bias", bias, x)
 
 
-def describe(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> RowCall:
-    return RowCall(x.shape[-1], x.dtype)
-
-
-def fake(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
-
 LAYER_NORM = Operator(
     name="layer_norm",
     schema="(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     package=__name__,
-    fake=fake,
+    fake=like_x,
     check=check,
-    describe=describe,
+    describe=describe_rows,
     providers=row_providers(__name__),
 )
 

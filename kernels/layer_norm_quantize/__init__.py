@@ -10,7 +10,7 @@ import torch
 from ..block_quantize import fake as fake_quantized
 from ..checks import check_activation, check_channels
 from ..operator import Operator
-from ..row_calls import RowCall, row_providers
+from ..row_calls import describe_quantized_rows, row_providers
 from ..schemes import check_in_features, scheme_named
 
 
@@ -27,33 +27,13 @@ def check(
     check_in_features(x.shape[-1], scheme_named(scheme))
 
 
-def describe(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    scheme: str,
-) -> RowCall:
-    return RowCall(x.shape[-1], x.dtype, scheme)
-
-
-def fake(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    scheme: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return fake_quantized(x, scheme)
-
-
 LAYER_NORM_QUANTIZE = Operator(
     name="layer_norm_quantize",
     schema="(Tensor x, Tensor? weight, Tensor? bias, float eps, str scheme) -> (Tensor, Tensor)",
     package=__name__,
-    fake=fake,
+    fake=fake_quantized,
     check=check,
-    describe=describe,
+    describe=describe_quantized_rows,
     providers=row_providers(__name__),
 )
 

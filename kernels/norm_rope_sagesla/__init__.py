@@ -7,20 +7,37 @@ q and k are quantized as they are normalized; nothing is transposed or rounded t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .._cuda.compiler import unavailable
+from .._triton.attention.operands import Rotation
 from ..capability import Capability
 from ..checks import check_activation, check_channels, check_rotation
-from ..operator import Operator, Provider
+from ..operator import Operator
+from ..row_calls import like_x
 from ..sagesla import check_as as check_sagesla
 from ..sagesla import cuda_supports as sagesla_on_cuda
-from ..sagesla import describe as describe_sagesla
+from ..sagesla import sage_providers
 from ..sagesla import triton_supports as sagesla_on_triton
+from ..sla import SparseArguments
 from ..sparse_rules import SparseAttentionCall, as_heads
+
+
+class RotatedArguments(NamedTuple):
+    """The arguments of `norm_rope_sagesla`: those of `sagesla`, before q and k are rotated."""
+
+    attention: SparseArguments
+    pv: str
+    rotation: Rotation
+
+    @classmethod
+    def of(cls, *arguments: Any) -> RotatedArguments:
+        """From the order of its schema, q, k and v being viewed as heads."""
+        q, k, v, q_weight, k_weight, cos, sin, eps, *attention, pv = arguments
+        q, k, v = (as_heads(x, 2 * cos.shape[-1]) for x in (q, k, v))
+        rotation = Rotation(q_weight, k_weight, cos, sin, eps)
+        return cls(SparseArguments(q, k, v, *attention), pv, rotation)
 
 
 def check(*arguments: Any) -> None:
@@ -29,29 +46,19 @@ def check(*arguments: Any) -> None:
 
 def check_as(operator: str, *arguments: Any) -> None:
     """As `check`, in the name of an operator that takes these arguments among others."""
-    q, k, v, q_weight, k_weight, cos, sin, _, *attention = arguments
+    q, k, v, q_weight, k_weight, cos, sin, *_ = arguments
     for x, weight in ((q, q_weight), (k, k_weight)):
         check_activation(operator, x, rank=3)
         check_channels(operator, "weight", weight, x)
         check_rotation(operator, cos, sin, x)
     check_activation(operator, v, rank=3)
-    check_sagesla(operator, *_heads(q, k, v, cos), *attention)
+    given = RotatedArguments.of(*arguments)
+    check_sagesla(operator, *given.attention, given.pv)
 
 
 def describe(*arguments: Any) -> tuple[int, SparseAttentionCall]:
-    q, k, v, _, _, cos, _, _, *attention = arguments
-    return q.shape[-1], describe_sagesla(*_heads(q, k, v, cos), *attention)
-
-
-def _heads(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor
-) -> Iterator[torch.Tensor]:
-    """q, k and v as sagesla takes them, (B, H, L, D)."""
-    return (as_heads(x, 2 * cos.shape[-1]) for x in (q, k, v))
-
-
-def fake(q: torch.Tensor, *_: object) -> torch.Tensor:
-    return q.new_empty(q.shape)
+    given = RotatedArguments.of(*arguments)
+    return arguments[0].shape[-1], given.attention.describe(given.pv)
 
 
 def triton_supports(capability: Capability, call: tuple[int, SparseAttentionCall]) -> str | None:
@@ -70,15 +77,10 @@ NORM_ROPE_SAGESLA = Operator(
         "int block_k, str feature_map, str pv) -> Tensor"
     ),
     package=__name__,
-    fake=fake,
+    fake=like_x,
     check=check,
     describe=describe,
-    providers=[
-        Provider(
-            "cuda", f"{__name__}.cuda", cuda_supports, requires="triton", unavailable=unavailable
-        ),
-        Provider("triton", f"{__name__}.triton", triton_supports, requires="triton"),
-    ],
+    providers=sage_providers(__name__, cuda_supports, triton_supports),
 )
 
 

@@ -24,19 +24,11 @@ def norm_rope_sagesla_in_float(
     cos: torch.Tensor,
     sin: torch.Tensor,
     eps: float,
-    proj_weight: torch.Tensor | None,
-    proj_bias: torch.Tensor | None,
-    topk: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-    pv: str,
+    *attention: Any,
 ) -> torch.Tensor:
-    """(B, L, H·D) float32, not rounded."""
+    """(B, L, H·D) float32, not rounded; `attention` is what sagesla takes besides q, k and v."""
     q_BHLD = norm_rope_in_float(q, q_weight, cos, sin, eps).transpose(1, 2)
     k_BHLD = norm_rope_in_float(k, k_weight, cos, sin, eps).transpose(1, 2)
     v_BHLD = as_heads(v, q_BHLD.shape[-1])
-    o_BHLD = sagesla(
-        q_BHLD, k_BHLD, v_BHLD, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv
-    )
+    o_BHLD = sagesla(q_BHLD, k_BHLD, v_BHLD, *attention)
     return o_BHLD.transpose(1, 2).flatten(2)

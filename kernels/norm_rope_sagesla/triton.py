@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from .._triton.attention.launch import Blocks, Projection, Rotation, sparse_linear_attention
+from .._triton.attention.launch import sparse_linear_attention
 from ..sparse_rules import as_heads
+from . import RotatedArguments
 
 
-def norm_rope_sagesla(
+def norm_rope_sagesla(q: torch.Tensor, *others: Any, cuda: bool = False) -> torch.Tensor:
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    attend_into(o, q, *others, cuda=cuda)
+    return o
+
+
+def attend_into(
+    o: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    eps: float,
-    proj_weight: torch.Tensor | None,
-    proj_bias: torch.Tensor | None,
-    topk: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-    pv: str,
-    cuda: bool = False,
-) -> torch.Tensor:
+    *others: Any,
+    cuda: bool,
+    o_scale: torch.Tensor | None = None,
+) -> None:
+    """Write norm_rope_sagesla(q, k, v, *others) to `o` (B, L, H·D), contiguous.
+
+    Args:
+        cuda, o_scale: as for `sparse_linear_attention`.
+    """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    head_dim = 2 * cos.shape[-1]
-    projection = None if proj_weight is None else Projection(proj_weight, proj_bias, feature_map)
-    q_BHLD, k_BHLD, v_BHLD, o_BHLD = (as_heads(x, head_dim) for x in (q, k, v, o))
+    attention, pv, rotation = RotatedArguments.of(q, k, v, *others)
     sparse_linear_attention(
-        q_BHLD, k_BHLD, v_BHLD, o_BHLD, Blocks(topk, block_q, block_k),
-        rotation=Rotation(q_weight, k_weight, cos, sin, eps),
-        projection=projection, int8=True, fp8=pv == "fp8", cuda=cuda,
+        attention.q, attention.k, attention.v, as_heads(o, attention.q.shape[-1]),
+        attention.blocks, rotation=rotation, projection=attention.projection,
+        int8=True, fp8=pv == "fp8", cuda=cuda, o_scale=o_scale,
     )  # fmt: skip
-    return o

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from .._cuda.compiler import unavailable
 from .._triton.support import unsupported_scheme
 from ..block_quantize import fake as fake_quantized
 from ..capability import Capability
@@ -20,7 +19,8 @@ from ..norm_rope_sagesla import check_as as check_attention
 from ..norm_rope_sagesla import cuda_supports as attention_on_cuda
 from ..norm_rope_sagesla import describe as describe_attention
 from ..norm_rope_sagesla import triton_supports as attention_on_triton
-from ..operator import Operator, Provider
+from ..operator import Operator
+from ..sagesla import sage_providers
 from ..schemes import check_in_features, scheme_named
 from ..sparse_rules import SparseAttentionCall
 
@@ -37,10 +37,6 @@ def check(*arguments: Any) -> None:
 def describe(*arguments: Any) -> QuantizedCall:
     *attention, scheme = arguments
     return *describe_attention(*attention), scheme
-
-
-def fake(q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return fake_quantized(q, others[-1])
 
 
 def triton_supports(capability: Capability, call: QuantizedCall) -> str | None:
@@ -65,15 +61,10 @@ NORM_ROPE_SAGESLA_QUANTIZE = Operator(
         "int block_k, str feature_map, str pv, str scheme) -> (Tensor, Tensor)"
     ),
     package=__name__,
-    fake=fake,
+    fake=fake_quantized,
     check=check,
     describe=describe,
-    providers=[
-        Provider(
-            "cuda", f"{__name__}.cuda", cuda_supports, requires="triton", unavailable=unavailable
-        ),
-        Provider("triton", f"{__name__}.triton", triton_supports, requires="triton"),
-    ],
+    providers=sage_providers(__name__, cuda_supports, triton_supports),
 )
 
 

@@ -8,50 +8,24 @@ The norm reads x' as it is stored, rounded to x's dtype.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..block_quantize import fake as fake_quantized
 from ..checks import check_residual
 from ..layer_norm_quantize import check as check_norm
 from ..operator import Operator
-from ..row_calls import RowCall, row_providers
+from ..row_calls import describe_quantized_rows, like_x, row_providers
 
 
-def check(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    scheme: str,
-) -> None:
+def check(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, *norm: Any) -> None:
     check_residual("residual_layer_norm_quantize", x, y, gate)
-    check_norm(x, weight, bias, eps, scheme)
+    check_norm(x, *norm)
 
 
-def describe(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    scheme: str,
-) -> RowCall:
-    return RowCall(x.shape[-1], x.dtype, scheme)
-
-
-def fake(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    scheme: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), *fake_quantized(x, scheme)
+def fake(x: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return like_x(x), *fake_quantized(x, *others)
 
 
 RESIDUAL_LAYER_NORM_QUANTIZE = Operator(
@@ -63,7 +37,7 @@ RESIDUAL_LAYER_NORM_QUANTIZE = Operator(
     package=__name__,
     fake=fake,
     check=check,
-    describe=describe,
+    describe=describe_quantized_rows,
     providers=row_providers(__name__),
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..gated_residual.reference import gated_residual
@@ -9,13 +11,7 @@ from ..layer_norm_quantize.reference import layer_norm_quantize
 
 
 def residual_layer_norm_quantize(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    scheme: str,
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, *norm: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = gated_residual(x, y, gate)
-    return x, *layer_norm_quantize(x, weight, bias, eps, scheme)
+    return x, *layer_norm_quantize(x, *norm)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .._triton.blocks import quantize_tiles
-from .._triton.rows import Branch, quantize_normalized_rows
-from ..schemes import SCHEMES
+from .._triton.blocks import quantize_norm
+from .._triton.rows import Branch
 
 
 def residual_layer_norm_quantize(
@@ -18,15 +17,6 @@ def residual_layer_norm_quantize(
     eps: float,
     scheme: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rules = SCHEMES[scheme]
-    stream = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    branch = Branch(y, gate, stream)
-    if rules.activation_block[0] > 1:
-        q, q_scale = quantize_tiles(
-            x, rules, gain=weight, bias=bias, gain_offset=0.0, eps=eps, branch=branch
-        )
-    else:
-        q, q_scale = quantize_normalized_rows(
-            x, weight, bias, eps, rules, gain_offset=0.0, branch=branch
-        )
-    return stream, q, q_scale
+    branch = Branch(y, gate, torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    quantized = quantize_norm(x, weight, bias, eps, scheme, gain_offset=0.0, branch=branch)
+    return branch.stream, *quantized

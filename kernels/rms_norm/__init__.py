@@ -12,7 +12,7 @@ import torch
 
 from ..checks import check_activation, check_channels
 from ..operator import Operator
-from ..row_calls import RowCall, row_providers
+from ..row_calls import describe_rows, like_x, row_providers
 
 
 def check(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> None:
@@ -20,21 +20,13 @@ def check(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> None:
     check_channels("rms_norm", "weight", weight, x)
 
 
-def describe(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> RowCall:
-    return RowCall(x.shape[-1], x.dtype)
-
-
-def fake(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
-
 RMS_NORM = Operator(
     name="rms_norm",
     schema="(Tensor x, Tensor? weight, float eps) -> Tensor",
     package=__name__,
-    fake=fake,
+    fake=like_x,
     check=check,
-    describe=describe,
+    describe=describe_rows,
     providers=row_providers(__name__),
 )
 

@@ -9,6 +9,7 @@ Sources: SLA, arXiv 2509.24006; SageAttention2, arXiv 2411.10958.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +60,19 @@ def cuda_supports(capability: Capability, call: SparseAttentionCall) -> str | No
     return unsupported_on_cuda(capability)
 
 
+def sage_providers(
+    package: str,
+    on_cuda: Callable[[Capability, Any], str | None],
+    on_triton: Callable[[Capability, Any], str | None],
+) -> list[Provider]:
+    """Kernels for Hopper, then Triton's; the former leave some of the preparation to Triton."""
+    cuda, triton = f"{package}.cuda", f"{package}.triton"
+    return [
+        Provider("cuda", cuda, on_cuda, requires="triton", unavailable=unavailable),
+        Provider("triton", triton, on_triton, requires="triton"),
+    ]
+
+
 SAGESLA = Operator(
     name="sagesla",
     schema=(
@@ -69,12 +83,7 @@ SAGESLA = Operator(
     fake=fake,
     check=check,
     describe=describe,
-    providers=[
-        Provider(
-            "cuda", f"{__name__}.cuda", cuda_supports, requires="triton", unavailable=unavailable
-        ),
-        Provider("triton", f"{__name__}.triton", triton_supports, requires="triton"),
-    ],
+    providers=sage_providers(__name__, cuda_supports, triton_supports),
 )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ..schemes import SMALLEST_AMAX
+from ..sla import SparseArguments
 from ..sla.reference import (
     linear_attention,
     projected,
@@ -20,18 +22,9 @@ INT8_MAX = 127.0
 FP8_MAX = 448.0
 
 
-def sagesla(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    proj_weight: torch.Tensor | None,
-    proj_bias: torch.Tensor | None,
-    topk: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-    pv: str,
-) -> torch.Tensor:
+def sagesla(*arguments: Any) -> torch.Tensor:
+    *shared, pv = arguments
+    q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map = SparseArguments(*shared)
     if q.numel() == 0:
         return empty_heads(q)
     q32, k32, v32 = q.float(), k.float(), v.float()

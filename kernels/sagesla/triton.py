@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from .._triton.attention.launch import Blocks, Projection, sparse_linear_attention
+from .._triton.attention.launch import sparse_linear_attention
+from ..sla import SparseArguments
 from ..sparse_rules import empty_heads
 
 
-def sagesla(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    proj_weight: torch.Tensor | None,
-    proj_bias: torch.Tensor | None,
-    topk: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-    pv: str,
-    cuda: bool = False,
-) -> torch.Tensor:
-    o = empty_heads(q)
-    projection = None if proj_weight is None else Projection(proj_weight, proj_bias, feature_map)
+def sagesla(*arguments: Any, cuda: bool = False) -> torch.Tensor:
+    *shared, pv = arguments
+    given = SparseArguments(*shared)
+    o = empty_heads(given.q)
     sparse_linear_attention(
-        q, k, v, o, Blocks(topk, block_q, block_k),
-        projection=projection, int8=True, fp8=pv == "fp8", cuda=cuda,
+        given.q, given.k, given.v, o, given.blocks,
+        projection=given.projection, int8=True, fp8=pv == "fp8", cuda=cuda,
     )  # fmt: skip
     return o

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._triton.attention.operands import Blocks, Projection
 from .._triton.support import unsupported_device
 from ..capability import Capability
 from ..operator import Operator, Provider
@@ -37,6 +38,18 @@ class SparseArguments(NamedTuple):
     block_q: int
     block_k: int
     feature_map: str
+
+    @property
+    def blocks(self) -> Blocks:
+        """How sparse, as the kernels of _triton/attention take it."""
+        return Blocks(self.topk, self.block_q, self.block_k)
+
+    @property
+    def projection(self) -> Projection | None:
+        """The linear branch, as those kernels take it; None where it is left out."""
+        if self.proj_weight is None:
+            return None
+        return Projection(self.proj_weight, self.proj_bias, self.feature_map)
 
     def check(self, operator: str) -> None:
         """Raise, in that operator's name, for arguments that it does not define."""

@@ -120,11 +120,15 @@ def linear_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str
 ) -> torch.Tensor:
     """φ(q)(φ(k)ᵀv) / (1e-5 + φ(q)·Σφ(k)) over all keys, (B, H, L, D) float32."""
-    feature = _FEATURE_MAPS[feature_map]
-    phi_q, phi_k = feature(q), feature(k)
+    phi_q, phi_k = feature(q, feature_map), feature(k, feature_map)
     state = phi_k.transpose(-1, -2) @ v
     normalizer = phi_q @ phi_k.sum(2)[..., None]
     return phi_q @ state / (NORMALIZER_EPS + normalizer)
+
+
+def feature(x: torch.Tensor, feature_map: str) -> torch.Tensor:
+    """φ of the linear branch over channels, in x's dtype."""
+    return _FEATURE_MAPS[feature_map](x)
 
 
 def projected(

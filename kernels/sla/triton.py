@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from .._triton.attention.launch import Blocks, Projection, sparse_linear_attention
+from .._triton.attention.launch import sparse_linear_attention
 from ..sparse_rules import empty_heads
+from . import SparseArguments
 
 
-def sla(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    proj_weight: torch.Tensor | None,
-    proj_bias: torch.Tensor | None,
-    topk: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-) -> torch.Tensor:
-    o = empty_heads(q)
-    projection = None if proj_weight is None else Projection(proj_weight, proj_bias, feature_map)
-    sparse_linear_attention(q, k, v, o, Blocks(topk, block_q, block_k), projection=projection)
+def sla(*arguments: Any) -> torch.Tensor:
+    given = SparseArguments(*arguments)
+    o = empty_heads(given.q)
+    sparse_linear_attention(given.q, given.k, given.v, o, given.blocks, projection=given.projection)
     return o

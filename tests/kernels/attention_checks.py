@@ -25,6 +25,24 @@ def projection(device, head_dim=HEAD_DIM, with_bias=True):
     return weight, torch.randn(head_dim, device=device) if with_bias else None
 
 
+def heads_on_meta(dtype, head_dim):
+    """q, k and v of a valid call, by name."""
+    q = torch.empty(1, 2, 300, head_dim, dtype=dtype, device="meta")
+    return {"q": q, "k": q, "v": q}
+
+
+def sparsity_on_meta(head_dim, block_q, block_k):
+    """What sparse-linear attention takes besides q, k and v, by name."""
+    return {
+        "proj_weight": torch.empty(head_dim, head_dim, device="meta"),
+        "proj_bias": torch.empty(head_dim, device="meta"),
+        "topk": 0.1,
+        "block_q": block_q,
+        "block_k": block_k,
+        "feature_map": "softmax",
+    }
+
+
 def highest_blocks(q, k, topk, block_q, block_k):
     """Whether each query block keeps each key block, (B, H, NQ, NK); token by token in float64."""
 

@@ -15,6 +15,27 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # float32 arithmetic before it about 130. Triton's interpreter truncates to bfloat16: 6 dB less.
 LEAST_SQNR_DB = {torch.float32: 115.0, torch.float16: 68.0, torch.bfloat16: 44.0}
 
+# Who serves a quantizing kernel of Triton's where there is no CUDA one: (device, scheme, provider).
+TRITON_CHOICES = [
+    ("sm89", "fp8-block", "triton"),
+    ("sm80", "fp8-block", "reference"),
+    ("sm80", "int8-block", "triton"),
+    ("cpu", "int8-block", "reference"),
+]
+
+
+def provider_cases(*cases: tuple[str, torch.dtype, float]) -> pytest.MarkDecorator:
+    """Run a test with `provider`, `dtype` and `largest_error` of each case."""
+    names = [f"{provider}-{dtype}" for provider, dtype, _ in cases]
+    return pytest.mark.parametrize(("provider", "dtype", "largest_error"), cases, ids=names)
+
+
+def modulation(kind: str, x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A random gain or bias for x of (B, L, C): "shared", "per batch" or "per token"."""
+    batch, length, channels = x.shape
+    shape = {"shared": (1, 1), "per batch": (batch, 1), "per token": (batch, length)}[kind]
+    return torch.randn(*shape, channels, device=x.device, dtype=dtype)
+
 
 def sqnr_db(exact: torch.Tensor, actual: torch.Tensor) -> float:
     """Signal to quantization noise ratio in dB; NaN if anything is NaN."""

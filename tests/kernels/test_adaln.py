@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.kernel_checks import DTYPES, LEAST_SQNR_DB, assert_opcheck, run_by, sqnr_db
+from tests.kernels.kernel_checks import (
+    DTYPES,
+    LEAST_SQNR_DB,
+    assert_opcheck,
+    modulation,
+    run_by,
+    sqnr_db,
+)
 from turbo_opt.kernels import OperatorInputError, adaln
 
 EPS = 1e-6
@@ -18,12 +25,6 @@ def definition(x, scale, shift, eps=EPS):
     centered = x - x.mean(-1, keepdim=True)
     deviation = (centered.square().mean(-1, keepdim=True) + eps).sqrt()
     return centered / deviation * (1 + scale) + shift
-
-
-def modulation(kind, x, dtype):
-    batch, length, channels = x.shape
-    shape = {"shared": (1, 1), "per batch": (batch, 1), "per token": (batch, length)}[kind]
-    return torch.randn(*shape, channels, device=x.device, dtype=dtype)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -11,19 +11,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.kernels.attention_checks import heads_of_one_product
-from tests.kernels.kernel_checks import assert_opcheck, relative_error, run_by
+from tests.kernels.kernel_checks import assert_opcheck, provider_cases, relative_error, run_by
 from turbo_opt.kernels import KernelError, OperatorInputError, attention_jvp, choose, explain
 
 NAME = "attention_jvp"
 # Triton's interpreter multiplies bfloat16 wrongly, so float16 stands for 16 bits on a CPU.
-CASES = [
+each_case = provider_cases(
     ("reference", torch.float64, 1e-13),
     ("reference", torch.float32, 1e-5),
     ("triton", torch.float32, 1e-5),
     ("triton", torch.float16, 3e-3),
-]
-each_case = pytest.mark.parametrize(
-    ("provider", "dtype", "largest_error"), CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES]
 )
 
 

@@ -79,6 +79,18 @@ def test_rows_beyond_the_last_token_are_outside_the_map(encoded):
     assert rows_of_box(sides, strides, box, last=128) == [128 * 256, 129 * 256] + [None] * 126
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gate_is_read_where_it_lies_unless_its_rows_are_not_on_16_bytes(dtype):
+    modulation = torch.randn(2, 6, 256).to(dtype)
+    chunk = modulation[:, 2:3]
+    assert linear._on_whole_chunks(chunk).data_ptr() == chunk.data_ptr()
+    for gate in (torch.randn(2, 1, 260).to(dtype)[..., 1:257], torch.randn(2, 256, 3).to(dtype).mT):
+        ready = linear._on_whole_chunks(gate)
+        assert torch.equal(ready, gate)
+        assert ready.data_ptr() % 16 == 0
+        assert ready.stride(-1) == 1 and ready.stride(0) * ready.element_size() % 16 == 0
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_a_variant_fits_shared_memory_and_its_boxes(variant):
     assert variant.shared_bytes + 1024 <= LARGEST_SHARED_BYTES  # 1 KiB for barriers
@@ -142,16 +154,19 @@ def test_every_variant_multiplies(variant, shape, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gate_shape", [(1, 1, 384), (3, 1, 384), (3, 259, 384)])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("gate_shape", [None, (1, 1, 384), (3, 1, 384), (3, 259, 384)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_residual_epilogue(gate_shape, dtype, device):
+def test_the_residual_epilogue(variant, gate_shape, dtype, device):
     needs_hopper(device)
-    layer, y = layer_of(3 * 259, 384, 256, device, dtype)
-    layer = layer._replace(q=layer.q.view(3, 259, 256))
+    depth = 1152
+    layer, y = layer_of(3 * 259, 384, depth, device, dtype)
+    layer = layer._replace(q=layer.q.view(3, 259, depth))
     x = torch.randn(3, 259, 384, device=device).bfloat16()
-    gate = torch.randn(gate_shape, device=device).to(dtype)
-    result = linear.linear_gated_residual(layer, x, gate)
-    expected = x.double() + y.view(3, 259, 384) * gate.double()
+    gate = None if gate_shape is None else torch.randn(gate_shape, device=device).to(dtype)
+    result = linear.linear_gated_residual(layer, x, gate, variant)
+    branch = y.view(3, 259, 384)
+    expected = x.double() + (branch if gate is None else branch * gate.double())
     assert relative_error(expected, result) < 4e-3
 
 

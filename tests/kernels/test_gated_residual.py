@@ -11,6 +11,7 @@ from tests.kernels.kernel_checks import (
     DTYPES,
     LEAST_SQNR_DB,
     assert_opcheck,
+    modulation,
     run_by,
     skip_unless_served,
     sqnr_db,
@@ -26,11 +27,7 @@ def definition(x, y, gate):
 
 
 def gate_of(kind, x, dtype=torch.float32):
-    batch, length, channels = x.shape
-    if kind == "none":
-        return None
-    shape = {"shared": (1, 1), "per batch": (batch, 1), "per token": (batch, length)}[kind]
-    return torch.randn(*shape, channels, device=x.device, dtype=dtype)
+    return None if kind == "none" else modulation(kind, x, dtype)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -9,6 +9,7 @@ import torch
 
 from tests.kernels.kernel_checks import (
     DTYPES,
+    TRITON_CHOICES,
     assert_opcheck,
     assert_quantized_alike,
     relative_error,
@@ -94,15 +95,7 @@ def test_opcheck(scheme, device):
     assert_opcheck("gelu_quantize", torch.randn(2, 5, 256, device=device), scheme)
 
 
-@pytest.mark.parametrize(
-    ("device_name", "scheme", "provider"),
-    [
-        ("sm89", "fp8-block", "triton"),
-        ("sm80", "fp8-block", "reference"),
-        ("sm80", "int8-block", "triton"),
-        ("cpu", "int8-block", "reference"),
-    ],
-)
+@pytest.mark.parametrize(("device_name", "scheme", "provider"), TRITON_CHOICES)
 def test_choice_on_described_devices(device_name, scheme, provider):
     assert choose("gelu_quantize", device_name, torch.empty(4, 256), scheme) == provider
     half = torch.empty(4, 256, dtype=torch.bfloat16)

@@ -15,6 +15,7 @@ from tests.kernels.attention_checks import (
     projection,
     rotation,
     sparse_linear,
+    sparsity_on_meta,
 )
 from tests.kernels.kernel_checks import assert_opcheck, relative_error, run_by, skip_unless_served
 from tests.kernels.test_sagesla import (
@@ -169,12 +170,7 @@ def arguments(dtype=torch.bfloat16, **changes):
         "cos": table,
         "sin": table,
         "eps": EPS,
-        "proj_weight": torch.empty(128, 128, device="meta"),
-        "proj_bias": torch.empty(128, device="meta"),
-        "topk": 0.1,
-        "block_q": 64,
-        "block_k": 128,
-        "feature_map": "softmax",
+        **sparsity_on_meta(128, 64, 128),
         "pv": "fp8",
     }
     return tuple({**named, **changes}.values())

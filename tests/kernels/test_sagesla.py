@@ -9,10 +9,12 @@ from tests.kernels.attention_checks import (
     BLOCKS,
     assert_attends,
     heads_of_one_product,
+    heads_on_meta,
     highest_blocks,
     linear_branch,
     masked_attention,
     projection,
+    sparsity_on_meta,
     with_8_bit_operands,
 )
 from tests.kernels.kernel_checks import assert_opcheck, relative_error, run_by, skip_unless_served
@@ -157,20 +159,8 @@ def test_opcheck(device):
 
 def arguments(dtype=torch.bfloat16, head_dim=128, **changes):
     """Arguments of a valid call, in order, with changes; tensors on meta."""
-    q = torch.empty(1, 2, 300, head_dim, dtype=dtype, device="meta")
-    named = {
-        "q": q,
-        "k": q,
-        "v": q,
-        "proj_weight": torch.empty(head_dim, head_dim, device="meta"),
-        "proj_bias": torch.empty(head_dim, device="meta"),
-        "topk": 0.1,
-        "block_q": 64,
-        "block_k": 128,
-        "feature_map": "softmax",
-        "pv": "fp8",
-    }
-    return tuple({**named, **changes}.values())
+    named = {**heads_on_meta(dtype, head_dim), **sparsity_on_meta(head_dim, 64, 128)}
+    return tuple({**named, "pv": "fp8", **changes}.values())
 
 
 @pytest.mark.parametrize(

@@ -12,20 +12,19 @@ from tests.kernels.attention_checks import (
     BLOCKS,
     assert_attends,
     heads_of_one_product,
+    heads_on_meta,
     linear_branch,
     projection,
     sparse_linear,
+    sparsity_on_meta,
 )
-from tests.kernels.kernel_checks import assert_opcheck, relative_error, run_by
+from tests.kernels.kernel_checks import assert_opcheck, provider_cases, relative_error, run_by
 from turbo_opt.kernels import OperatorInputError, choose, explain, sla
 
 FEATURE_MAPS = ["softmax", "elu", "relu"]
 # The reference sums in float32; the Triton kernels multiply in float16 on a CPU, as Triton's
 # interpreter multiplies bfloat16 wrongly.
-CASES = [("reference", torch.float32, 1e-5), ("triton", torch.float16, 2e-3)]
-each_case = pytest.mark.parametrize(
-    ("provider", "dtype", "largest_error"), CASES, ids=[case[0] for case in CASES]
-)
+each_case = provider_cases(("reference", torch.float32, 1e-5), ("triton", torch.float16, 2e-3))
 
 
 @each_case
@@ -153,18 +152,7 @@ def test_opcheck(device):
 
 def arguments(dtype=torch.bfloat16, head_dim=128, **changes):
     """Arguments of a valid call, in order, with changes; tensors on meta."""
-    q = torch.empty(1, 2, 300, head_dim, dtype=dtype, device="meta")
-    named = {
-        "q": q,
-        "k": q,
-        "v": q,
-        "proj_weight": torch.empty(head_dim, head_dim, device="meta"),
-        "proj_bias": torch.empty(head_dim, device="meta"),
-        "topk": 0.1,
-        "block_q": 128,
-        "block_k": 64,
-        "feature_map": "softmax",
-    }
+    named = {**heads_on_meta(dtype, head_dim), **sparsity_on_meta(head_dim, 128, 64)}
     return tuple({**named, **changes}.values())
 
 

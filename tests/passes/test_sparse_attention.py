@@ -19,6 +19,7 @@ T2V = VARIANTS["t2v"]
 BASE = "canonicalize,fuse-norms,"
 SAGESLA = "turbo_opt.sagesla"
 ZERO = "sparse-attention{proj_l=zero}"
+SLA2 = "sparse-attention{mode=sla2}"
 X, Y = torch.randn(2, 150, 32), torch.randn(2, 150, 32)
 W = {name: torch.randn(256, 32) for name in ("wq", "wk", "wv")}
 
@@ -273,3 +274,106 @@ def test_with_every_block_kept_every_variant_is_close_to_dense_attention(optimiz
     with torch.no_grad():
         expected, found = compiled(before)(**inputs).sample, compiled(after)(**inputs).sample
     assert sqnr_db(expected, found) >= 42
+
+
+ROUTED = {"router.proj_q.weight": (128, 128), "router.proj_k.weight": (128, 128)}
+ROUTED |= {"alpha.weight": (2, 128), "alpha.bias": (2,)}
+
+
+def routed():
+    """A captured two-layer model with router and ratio beside its weights, in bfloat16."""
+    program = captured_program(T2V)
+    (denoiser,) = program
+    for layer in range(2):
+        for name, shape in ROUTED.items():
+            stored = constant(torch.randn(shape).bfloat16())
+            denoiser.unread[f"blocks.{layer}.attn1.{name}"] = stored
+    return program
+
+
+@pytest.mark.parametrize(
+    ("options", "target", "expected"),
+    [
+        ("", None, (128, 64, "softmax", "int8", "16bit")),
+        ("", "h200", (64, 128, "softmax", "int8", "fp8")),
+        (' qk="16bit"', "h200", (64, 128, "softmax", "16bit", "16bit")),
+        (' pv="16bit" feature_map=elu', "h200", (64, 128, "elu", "int8", "16bit")),
+    ],
+)
+def test_sla2_takes_router_and_ratio_as_weights_in_float32(optimize, options, target, expected):
+    before = routed()
+    after = optimize(before, f"{BASE}sparse-attention{{mode=sla2{options}}}", target=target)
+    (old,), (new,) = before, after
+    first, _ = calls_of(after, "turbo_opt.sla2")
+    assert [node.name for node in first.args[3:7]] == [
+        f"b_blocks_0_attn1_{name.replace('.', '_')}" for name in ROUTED
+    ]
+    assert first.args[7] == 0.1 and first.args[8:] == expected
+    for layer in range(2):
+        for leaf, shape in ROUTED.items():
+            name = f"blocks.{layer}.attn1.{leaf}"
+            assert name not in new.unread
+            assert (new.weights[name].dtype, new.weights[name].shape) == (torch.float32, shape)
+            assert torch.equal(new.weights[name].load(), old.unread[name].load().float())
+
+
+def test_sla2_changes_nothing_else_in_the_graph(optimize):
+    dense, sparse = (ops_of(optimize(routed(), text)) for text in (BASE[:-1], f"{BASE}{SLA2}"))
+    changed = [pair for pair in zip(dense, sparse, strict=True) if pair[0] != pair[1]]
+    assert changed == [("aten.scaled_dot_product_attention", "turbo_opt.sla2")] * 2
+
+
+def test_sla2_with_every_block_is_close_to_dense_attention(optimize):
+    before = routed()
+    after = optimize(before, f'{BASE}sparse-attention{{mode=sla2 topk=1 qk="16bit"}}')
+    assert after.history[-1]["verification"]["worst_sqnr_db"] > 100
+    inputs = random_inputs(T2V, 1, 2, 16, 16, torch.float32)
+    with torch.no_grad():
+        expected, found = compiled(before)(**inputs).sample, compiled(after)(**inputs).sample
+    assert sqnr_db(expected, found) >= 90
+
+
+def test_a_checkpoint_without_router_is_refused_with_the_command_that_makes_one(optimize):
+    with pytest.raises(BadInput) as error:
+        optimize(tuned(), f"{BASE}{SLA2}")
+    assert (
+        "sparse-attention needs weights named blocks.0.attn1.router.proj_q.weight and 7 more, "
+        "which the checkpoint does not hold: it has no router of SLA2; `turbo-opt calibrate "
+        "router` trains one"
+    ) in str(error.value)
+    program = routed()
+    del program.denoisers["transformer"].unread["blocks.1.attn1.alpha.bias"]
+    with pytest.raises(BadInput, match=r"needs weights named blocks.1.attn1.alpha.bias, which"):
+        optimize(program, f"{BASE}{SLA2}")
+
+
+def test_a_ratio_for_another_number_of_heads_is_refused(optimize):
+    program = routed()
+    name = "blocks.0.attn1.alpha.weight"
+    program.denoisers["transformer"].unread[name] = constant(torch.randn(12, 128))
+    with pytest.raises(BadInput, match=rf"{name} has shape \[12, 128\], needs \[2, 128\]"):
+        optimize(program, f"{BASE}{SLA2}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ('mode=sla qk="16bit"', "qk '16bit' is an option of mode 'sla2', mode is 'sla'"),
+        ("qk=int8", "qk 'int8' is an option of mode 'sla2', mode is 'sagesla'"),
+        ('mode=sla2 qk="16bit" pv=fp8', "pv 'fp8' goes with qk 'int8', qk is '16bit'"),
+        ("mode=sla2 proj_l=zero", "mode 'sla2' has no proj_l to leave out: set it to 'checkpoint'"),
+        ("mode=sla3", "mode"),
+    ],
+)
+def test_options_that_do_not_go_with_the_mode_are_refused(options, message):
+    with pytest.raises(BadInput, match=message):
+        validate_pipeline(parse_pipeline(f"canonicalize,sparse-attention{{{options}}}"))
+
+
+def test_blocks_of_sla2_are_found_and_rotation_is_fused_before_it(optimize):
+    text = f"{BASE}{SLA2},fuse-qk-norm-rope,quantize-linear{{skip={{first=1}}}}"
+    after = optimize(routed(), text)
+    (denoiser,) = after
+    assert len(calls_of(after, "turbo_opt.norm_rope")) == 4
+    assert "blocks.0.attn1.to_q.weight" in denoiser.weights
+    assert "blocks.1.attn1.to_q.quantized_weight" in denoiser.weights

@@ -38,7 +38,11 @@ _BLOCK = {
         f"cross_attn.{ours}": f"attn2.{theirs}"
         for ours, theirs in (_ATTENTION | _IMAGE_ATTENTION).items()
     },
-    "self_attn.attn_op.local_attn.proj_l": "attn1.proj_l",
+    # Released for SLA; those of SLA2, of which nothing is, stand beside it.
+    **{
+        f"self_attn.attn_op.local_attn.{module}": f"attn1.{module}"
+        for module in ("proj_l", "router.proj_q", "router.proj_k", "alpha")
+    },
     "norm3": "norm2",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
@@ -58,7 +62,7 @@ _PREFIXES = (
     "transformer.",
     "transformer_2.",
 )
-_KEPT_ASIDE = re.compile(r"\.proj_l\.(weight|bias)$")
+_KEPT_ASIDE = re.compile(r"\.((proj_l|alpha)\.(weight|bias)|router\.proj_[qk]\.weight)$")
 
 
 def without_prefix(name: str) -> str:

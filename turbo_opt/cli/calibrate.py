@@ -7,6 +7,8 @@ import click
 from turbo_opt.cli.calibrate_convert import convert
 from turbo_opt.cli.calibrate_data import data
 from turbo_opt.cli.calibrate_rcm import rcm
+from turbo_opt.cli.calibrate_router import router
+from turbo_opt.cli.calibrate_scales import scales
 from turbo_opt.cli.calibrate_sla import sla
 from turbo_opt.cli.group import SuggestingGroup
 
@@ -18,5 +20,7 @@ def calibrate() -> None:
 
 calibrate.add_command(data)
 calibrate.add_command(sla)
+calibrate.add_command(router)
 calibrate.add_command(rcm)
+calibrate.add_command(scales)
 calibrate.add_command(convert)

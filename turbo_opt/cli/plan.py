@@ -146,7 +146,7 @@ def _kept(kept: Mapping[str, int] | None) -> str:
 
 
 def _show(session: Session, record: dict[str, Any]) -> None:
-    from turbo_opt.cli.tables import NOTHING, near_miss_lines, pairs, size, table
+    from turbo_opt.cli.tables import NOTHING, choice_lines, near_miss_lines, pairs, size, table
 
     rows = [
         (
@@ -175,4 +175,5 @@ def _show(session: Session, record: dict[str, Any]) -> None:
         "kept between steps": _kept(memory["kept_bytes"]),
         "to compile": f"one weight at a time, the largest {size(memory['largest_weight_bytes'])}",
     }
-    session.report(record, table(columns, rows), *near_miss_lines(record["passes"]), pairs(values))
+    lines = [*near_miss_lines(record["passes"]), *choice_lines(record["passes"])]
+    session.report(record, table(columns, rows), *lines, pairs(values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,22 @@ def near_miss_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in rows
         for miss in row["near_miss_reasons"]
     ]
+
+
+def choice_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What passes chose for single layers: how often what is most frequent, and all others with the
+    reason."""
+    lines = []
+    for row in rows:
+        counts = Counter(choice["choice"] for choice in row["choices"])
+        for choice, count in counts.most_common(1):
+            lines.append(f"chosen, {row['name']}: {choice} for {count} of {counts.total()} layers")
+            lines += [
+                f"chosen, {row['name']}: {item['choice']} for {item['module']} ({item['reason']})"
+                for item in row["choices"]
+                if item["choice"] != choice
+            ]
+    return lines
 
 
 def agreement(row: Mapping[str, Any]) -> str:

@@ -70,6 +70,17 @@ class NearMiss:
 
 
 @dataclass(frozen=True)
+class LayerChoice:
+    """What a pass chose for one layer where it treats layers differently, and why."""
+
+    denoiser: str
+    module: str
+    choice: str
+    """In a word or two, such as `fp8-block` or `topk 0.2`."""
+    reason: str
+
+
+@dataclass(frozen=True)
 class PassResult:
     """What `Pass.run` gives back."""
 
@@ -77,6 +88,7 @@ class PassResult:
     matches: tuple[Match, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
     stats: Mapping[str, float | int | str] = field(default_factory=dict)
+    choices: tuple[LayerChoice, ...] = ()
 
 
 class Pass(abc.ABC):
@@ -133,6 +145,11 @@ class Pass(abc.ABC):
         """Names or globs of weights that the pass needs and the captured `program` lacks."""
         names = [name for denoiser in program for name in (*denoiser.weights, *denoiser.unread)]
         return [glob for glob in cls.needs_weights if not any(fnmatch(n, glob) for n in names)]
+
+    @classmethod
+    def hint_about_weights(cls, options: PassOptions) -> str:
+        """What it means that weights are missing with these options, and what to do."""
+        return cls.missing_weights_hint
 
     @classmethod
     def summary(cls) -> str:

@@ -14,8 +14,11 @@ _ATTENTION = frozenset(
     {
         "aten.scaled_dot_product_attention.default",
         "turbo_opt.sage_attention.default",
+        "turbo_opt.padded_attention.default",
+        "turbo_opt.padded_attention_quantize.default",
         "turbo_opt.sla.default",
         "turbo_opt.sagesla.default",
+        "turbo_opt.sla2.default",
         "turbo_opt.norm_rope_sagesla.default",
         "turbo_opt.norm_rope_sagesla_quantize.default",
     }

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -209,6 +209,7 @@ def _record(
             }
             for (denoiser, reason), count in reasons.items()
         ],
+        "choices": [asdict(choice) for choice in result.choices],
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "weight_bytes_before": before.weight_bytes,

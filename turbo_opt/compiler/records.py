@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_CHOICE = {"denoiser", "module", "choice", "reason"}
+
 
 def pass_row(record: Mapping[str, Any]) -> dict[str, Any]:
     """What reports say about one pass run, from its record in the history.
@@ -15,6 +17,11 @@ def pass_row(record: Mapping[str, Any]) -> dict[str, Any]:
     misses = [
         item for item in _kind(record.get("near_misses"), list | tuple) or [] if "count" in item
     ]
+    choices = [
+        item
+        for item in _kind(record.get("choices"), list | tuple) or []
+        if isinstance(item, dict) and item.keys() >= _CHOICE
+    ]
     name = str(record.get("name", "?"))
     return {
         "name": name,
@@ -24,6 +31,7 @@ def pass_row(record: Mapping[str, Any]) -> dict[str, Any]:
         "matches": _kind(record.get("matches"), int),
         "near_misses": sum(_kind(miss["count"], int) or 0 for miss in misses),
         "near_miss_reasons": misses,
+        "choices": choices,
         "seconds": _kind(record.get("seconds"), int | float),
         "peak_bytes": _kind(record.get("peak_rss_bytes"), int),
         "weight_bytes_before": _kind(record.get("weight_bytes_before"), int),

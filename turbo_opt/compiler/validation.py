@@ -96,7 +96,7 @@ def missing_weights_message(planned: PlannedPass, missing: Sequence[str]) -> str
     """What a pass that lacks weights says: their names, or the first and how many more."""
     names = ", ".join(missing[:3] if len(missing) <= 3 else missing[:1])
     more = f" and {len(missing) - 1} more" if len(missing) > 3 else ""
-    hint = planned.pass_class.missing_weights_hint
+    hint = planned.pass_class.hint_about_weights(planned.options)
     return (
         f"{planned.spec.name} needs weights named {names}{more}, which the checkpoint does not "
         f"hold{': ' if hint else ''}{hint}"

@@ -17,6 +17,9 @@ class Fact(StrEnum):
     LINEAR_QUANTIZED = "linear-quantized"
     """At least one linear layer runs on quantized operands."""
 
+    CHANNELS_BALANCED = "channels-balanced"
+    """Norms and the linear layers that read them hold factors that cancel."""
+
     INVARIANTS_HOISTED = "invariants-hoisted"
     """Denoisers name the inputs that define their stages; see `ir.stages`."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from turbo_opt.ir.weights import LazyTensor, Transform, apply, cast, register_transform
+from turbo_opt.ir.weights import LazyTensor, Transform, apply, cast, constant, register_transform
 
 
 def block_quantized(weight: LazyTensor, scheme: str) -> tuple[LazyTensor, LazyTensor]:
@@ -45,6 +45,16 @@ def reshaped(tensor: LazyTensor, shape: Sequence[int]) -> LazyTensor:
     if tensor.shape[:1] != tuple(shape[:1]) or math.prod(tensor.shape) != math.prod(shape):
         raise ValueError(f"{list(tensor.shape)} cannot be arranged as {list(shape)}")
     return apply("reshape", tensor, shape=list(shape))[0]
+
+
+def columns_times(weight: LazyTensor, factor: Tensor) -> LazyTensor:
+    """`weight` (…, in) with each column, or a vector with each value, multiplied by its factor.
+
+    Args:
+        factor: (in,) powers of two, so that nothing is rounded.
+    """
+    name = "columns-times" if len(weight.shape) > 1 else "times"
+    return apply(name, weight, constant(factor.to(weight.dtype)))[0]
 
 
 def unrounded(tensor: LazyTensor) -> LazyTensor:
@@ -115,6 +125,16 @@ register_transform(Transform("block-quantize", _infer, _compute, rows=128))
 register_transform(
     Transform("concatenate", _infer_joined, lambda *parts: [torch.cat(parts)], concatenates=True)
 )
+for _name, _rows in (("columns-times", 1), ("times", None)):
+    register_transform(
+        Transform(
+            _name,
+            infer=lambda x, factor: [(x.shape, x.dtype)],
+            compute=lambda x, factor: [x * factor],
+            rows=_rows,
+            by_rows=1,
+        )
+    )
 register_transform(
     Transform(
         "reshape",

@@ -17,6 +17,7 @@ import triton.language as tl
 from ..device import ROUNDING
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+INT8_MAX = tl.constexpr(127.0)
 
 
 @triton.jit

@@ -13,16 +13,9 @@ from ...capability import capability_of, multiprocessors
 from ...sparse_rules import block_count, kept_blocks
 from ..support import interpreting
 from ..tuning import fastest
+from .measure import finish_measures, measure_keys, measure_rms, scale_keys
 from .operands import Blocks, Prepared, Projection, Rotation, check_heads_together
-from .prepare import (
-    finish_measures,
-    finish_state,
-    measure_keys,
-    measure_rms,
-    prepare_keys,
-    prepare_queries,
-    scale_keys,
-)
+from .prepare import finish_state, prepare_keys, prepare_queries
 from .sparse import attend
 
 PARTS_PER_PROCESSOR = 8  # how finely a head's blocks are shared among programs

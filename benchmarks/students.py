@@ -1,0 +1,408 @@
+"""What tiny-wan's students draw, beside the teacher: accuracy, diversity, distance from real clips.
+
+    python -m benchmarks.students --students work/students --out benchmarks/results
+
+Held-out captions, the same first noise for every model. Accuracy is by the analytic detectors.
+Diversity is the root mean square difference of two clips of one caption, as a share of that of
+drawn clips. The Fréchet distance is to drawn clips of the same captions (`clip_features`). Models
+are attended by the operators that train them; those in 8 bits are compiled by the real passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import turbo_opt
+from benchmarks import results
+from benchmarks.clip_features import (
+    accuracy,
+    features_of,
+    frechet_distance,
+    train_classifier,
+)
+from benchmarks.kernels._harness import Session
+from benchmarks.results import Record
+from turbo_opt.calibration.data.samples import padded_positions
+from turbo_opt.calibration.flow import Sampled
+from turbo_opt.calibration.networks import build_network, open_denoiser
+from turbo_opt.calibration.sla.attention import Sparsity
+from turbo_opt.calibration.sla.closed_form import attend_densely
+from turbo_opt.calibration.sla.student import (
+    PROJECTION,
+    add_projections,
+    attend_sparsely,
+    set_attention,
+    zero_projections,
+)
+from turbo_opt.calibration.tiny_wan import whole_clip
+from turbo_opt.calibration.tiny_wan.architecture import TEXT_LENGTH
+from turbo_opt.calibration.tiny_wan.clips import Scene, caption, render, sample_scenes
+from turbo_opt.calibration.tiny_wan.detectors import ATTRIBUTES, score_batch
+from turbo_opt.calibration.tiny_wan.evaluate import (
+    contact_sheet,
+    load_pipeline,
+    starting_noise,
+)
+from turbo_opt.calibration.tiny_wan.samples import encode_captions
+from turbo_opt.calibration.training.world import World
+from turbo_opt.capture.sampling import pipeline_schedule
+from turbo_opt.compiler.pipeline import parse_pipeline
+from turbo_opt.ir.rcm import SIGMA_MAX, rcm_schedule
+from turbo_opt.ir.schedule import Schedule
+from turbo_opt.runtime.module import CompiledTransformer
+from turbo_opt.runtime.sampler import sample
+
+TEACHER, CONSISTENCY, RCM, SLA, JOINT = "teacher", "consistency", "rcm", "sla", "rcm-sla"
+STUDENT, MERGED = "student", "merged"
+_STUDENTS = (CONSISTENCY, RCM, SLA, JOINT)
+_TOPK = (0.1, 0.2, 0.3)
+_FEW = (4, 2, 1)
+_GUIDANCE = 4.0
+_BLOCK = 64
+_COMPILED = (
+    "canonicalize,fuse-norms,{sparse}fuse-qk-norm-rope,quantize-linear{{scheme={scheme}}},"
+    "fuse-norm-quantize,fuse-qkv{{cross_attention=false}},fuse-epilogues,hoist-invariants"
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table.
+
+    Attributes:
+        weights: `teacher`; a student by its file; `student`, the better of `consistency` and
+            `rcm`; or `merged`, student + (sla − teacher).
+        steps: of a clip.
+        guided: by the teacher's own sampler with guidance; else as rCM's students are sampled.
+        topk: share of key blocks that self-attention keeps; None is dense.
+        tuned: with the student's `proj_l`; else without a linear branch.
+        scheme: of W8A8, by the real passes; None leaves the weights as they are.
+    """
+
+    weights: str
+    steps: int
+    guided: bool = False
+    topk: float | None = None
+    tuned: bool = True
+    scheme: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as `merged-topk0.2-int8-block/4-steps`."""
+        sparse = "" if self.topk is None else f"-topk{self.topk:g}"
+        untuned = "" if self.topk is None or self.tuned else "-untuned"
+        scheme = f"-{self.scheme}" if self.scheme else ""
+        guided = "-guided" if self.guided else ""
+        return f"{self.weights}{sparse}{untuned}{scheme}/{self.steps}-steps{guided}"
+
+    @property
+    def evaluations(self) -> int:
+        """Of the network, for one clip."""
+        return self.steps * (2 if self.guided else 1)
+
+
+def variants(dry: bool = False) -> list[Variant]:
+    """The table, the teacher first; a dry run takes fewer steps."""
+    many = 2 if dry else 50
+    rows = [Variant(TEACHER, many, guided=True), Variant(TEACHER, 4, guided=True)]
+    rows += [Variant(TEACHER, steps) for steps in _FEW]
+    rows += [Variant(name, steps) for name in (CONSISTENCY, RCM) for steps in _FEW]
+    rows += [
+        Variant(name, many, guided=True, topk=topk, tuned=name == SLA)
+        for name in (TEACHER, SLA)
+        for topk in _TOPK
+    ]
+    rows += [Variant(STUDENT, 4, topk=topk, tuned=False) for topk in _TOPK]
+    rows += [Variant(name, 4, topk=topk) for name in (MERGED, JOINT) for topk in _TOPK]
+    rows += [Variant(STUDENT, 4, scheme="int8-block")]
+    rows += [Variant(MERGED, 4, topk=topk, scheme="int8-block") for topk in _TOPK]
+    if not dry:  # a CPU has no FP8
+        rows.append(Variant(MERGED, 4, topk=0.2, scheme="fp8-block"))
+    return rows
+
+
+class Scorer:
+    """Draws the clips of every variant from the same captions and noise, and measures them.
+
+    Args:
+        students: folder with `<student>.safetensors`.
+        count: held-out captions; combinations are repeated evenly.
+        batch: clips that are sampled at once.
+
+    Attributes:
+        student: the file that `student` and `merged` mean.
+        drawn: what the classifier and the distance make of drawn clips.
+    """
+
+    def __init__(
+        self,
+        students: Path,
+        device: torch.device,
+        count: int,
+        batch: int,
+        classifier_steps: int,
+        seed: int = 0,
+    ) -> None:
+        self._students, self._device, self._batch, self._seed = students, device, batch, seed
+        self._folder = open_denoiser("tiny-wan", "transformer")
+        self._pipeline = load_pipeline(self._folder.pipeline.path, device)
+        self.scenes = sample_scenes(count, seed, split="held-out")
+        self._wanted = [scene.combination for scene in self.scenes]
+        captions = [caption(scene) for scene in self.scenes]
+        embeds = encode_captions(self._pipeline, ["", *dict.fromkeys(captions)])
+        padded = {text: padded_positions(value, TEXT_LENGTH) for text, value in embeds.items()}
+        self._prompts = torch.stack([padded[text] for text in captions]).to(device)
+        self._empty = padded[""].to(device)
+        self._noise = starting_noise(count, seed)
+        self._weights = {name: self._load(name) for name in _STUDENTS}
+        self._network = build_network(
+            self._folder, World(0, 1, device), add_projections, self._zero
+        )
+        self._weights[TEACHER] = {
+            name: value.detach().clone() for name, value in self._network.named_parameters()
+        }
+        self.student = RCM
+        self._classifier = train_classifier(device, classifier_steps, min(128, batch))
+        self._pairs = self._of_one_caption()
+        self._drawn_clips = drawn = self._drawn(self.scenes)
+        others = [Scene.sample(each, seed=other) for other in range(1, 5) for each in self._wanted]
+        self._real = features_of(self._classifier, self._drawn(others))
+        self.drawn = {
+            "classifier_accuracy": accuracy(self._classifier, drawn, self.scenes),
+            "frechet": frechet_distance(features_of(self._classifier, drawn), self._real),
+        }
+
+    @property
+    def _zero(self) -> dict[str, Tensor]:
+        return zero_projections(self._folder.config)
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        found = load_file(self._students / f"{name}.safetensors")
+        return {key: value.float().to(self._device) for key, value in found.items()}
+
+    def _weights_of(self, name: str) -> dict[str, Tensor]:
+        if name != MERGED:
+            return self._weights[self.student if name == STUDENT else name]
+        student, sla, base = (self._weights[each] for each in (self.student, SLA, TEACHER))
+        return {
+            name: value if PROJECTION in name else student[name] + (value - base[name])
+            for name, value in sla.items()
+        }
+
+    def _drawn(self, scenes: Sequence[Scene]) -> Tensor:
+        return torch.cat(
+            [
+                render(scenes[start : start + self._batch], self._device)
+                for start in range(0, len(scenes), self._batch)
+            ]
+        )
+
+    def measure(self, variant: Variant) -> tuple[dict[str, float], Tensor]:
+        """Scores, and the clips (B, 3, F, H, W) they are of."""
+        started = time.monotonic()
+        videos = self._draw(variant)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.monotonic() - started
+        right = score_batch(videos, self._wanted)
+        scores = {name: sum(each[name] for each in right) / len(right) for name in ATTRIBUTES}
+        scores["all_right"] = sum(all(each.values()) for each in right) / len(right)
+        if self._pairs:
+            scores["diversity"] = self._difference(videos) / self._difference(self._drawn_clips)
+        scores["frechet"] = frechet_distance(features_of(self._classifier, videos), self._real)
+        return {**scores, "seconds": seconds}, videos
+
+    def sheet(self, videos: Tensor, path: Path, clips: int = 8) -> None:
+        """Some clips under their captions."""
+        shown = videos[:clips].cpu()
+        right = score_batch(shown, self._wanted[:clips])
+        contact_sheet(shown, self._wanted[:clips], right).save(path)
+
+    @torch.no_grad()
+    def _draw(self, variant: Variant) -> Tensor:
+        schedule = self._schedule(variant)
+        network: Any = self._compiled(variant) if variant.scheme else self._eager(variant)
+        videos = []
+        for start in range(0, len(self._prompts), self._batch):
+            prompts = self._prompts[start : start + self._batch]
+            noise = self._noise[start : start + self._batch].to(self._device, schedule.dtype)
+            latents = sample(
+                {"transformer": network},
+                schedule,
+                prompts,
+                self._empty.expand_as(prompts) if variant.guided else None,
+                latents=noise * schedule.initial_noise_scale,
+                generator=torch.Generator(self._device).manual_seed(self._seed + start),
+            )
+            vae = self._pipeline.vae
+            videos += [
+                whole_clip.decode(vae, whole_clip.denormalise(vae, part)).clamp(-1, 1)
+                for part in latents.split(64)
+            ]
+        return torch.cat(videos)
+
+    def _schedule(self, variant: Variant) -> Schedule:
+        if not variant.guided:
+            return rcm_schedule(variant.steps, SIGMA_MAX, "sde")
+        pipeline = self._folder.pipeline
+        return pipeline_schedule(
+            pipeline.path,
+            pipeline.components,
+            num_inference_steps=variant.steps,
+            guidance_scale=_GUIDANCE,
+        )
+
+    def _eager(self, variant: Variant) -> Sampled:
+        own = self._weights_of(variant.weights)
+        values = own if variant.tuned and variant.topk is not None else {**own, **self._zero}
+        with torch.no_grad():
+            for name, parameter in self._network.named_parameters():
+                parameter.copy_(values[name])
+        if variant.topk is None:
+            set_attention(self._network, attend_densely)
+        else:
+            attend = attend_sparsely(Sparsity(variant.topk, _BLOCK, _BLOCK))
+            set_attention(self._network, attend)
+        return Sampled(self._network, self._folder.config, torch.bfloat16)
+
+    def _compiled(self, variant: Variant) -> CompiledTransformer:
+        recipe = turbo_opt.load_recipe(
+            f"tiny-wan/{'h200' if self._device.type == 'cuda' else 'cpu'}",
+            ["verify.mode=off", "verify.end_to_end=false"],
+        )
+        built = turbo_opt.build(recipe.with_passes(parse_pipeline(self._passes(variant))))
+        item = built.optimized.denoisers["transformer"]
+        return CompiledTransformer.build(
+            item.exported, dict(item.weights.items_by_producer()), item.config, self._device
+        )
+
+    def _passes(self, variant: Variant) -> str:
+        sparse = ""
+        student = f"{self._students.absolute() / self.student}.safetensors"
+        text = f'distill-steps{{weights="{student}"}},'
+        if variant.weights == MERGED:
+            sla = f"{self._students.absolute() / SLA}.safetensors"
+            text += f'merge-weights{{target="{sla}" reference="{self._folder.pipeline.path}"}},'
+            sparse = f"sparse-attention{{topk={variant.topk} block_q=64 block_k=64}},"
+        return text + _COMPILED.format(sparse=sparse, scheme=variant.scheme)
+
+    def _of_one_caption(self) -> list[tuple[int, int]]:
+        """All pairs of clips that show one combination."""
+        same = defaultdict(list)
+        for index, what in enumerate(self._wanted):
+            same[what].append(index)
+        return [pair for group in same.values() for pair in itertools.combinations(group, 2)]
+
+    def _difference(self, videos: Tensor) -> float:
+        """The root mean square difference of the clips of a pair, mean over all pairs."""
+        apart = [(videos[i] - videos[j]).square().mean().sqrt() for i, j in self._pairs]
+        return float(torch.stack(apart).mean())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Score all variants, or those whose name contains `--only`; 1 if a row failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.students")
+    add = parser.add_argument
+    add("--students", type=Path, required=True, help="what `tiny_wan students` left in --out")
+    add("--out", type=Path, default=results.RESULTS, help="where tiny_wan_students.json is written")
+    add("--captions", type=int, default=512)
+    add("--batch", type=int, default=256)
+    add("--classifier-steps", type=int, default=400)
+    add("--only", default="", help="variants whose name contains this text")
+    add("--dry-run", action="store_true", help="on a CPU: that it runs, not what it measures")
+    options = parser.parse_args(arguments)
+    torch.set_float32_matmul_precision("high")
+    session = Session(dry=options.dry_run)
+    started = time.monotonic()
+    scorer = Scorer(
+        options.students,
+        session.device,
+        options.captions,
+        options.batch,
+        options.classifier_steps,
+    )
+    print(
+        f"drawn clips: {json.dumps(scorer.drawn)}, {time.monotonic() - started:.0f} s", flush=True
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    done: dict[Variant, dict[str, float]] = {}
+    for variant in variants(options.dry_run):
+        if options.only not in variant.name:
+            continue
+        scorer.student = better_student(done)
+        try:
+            scores, videos = scorer.measure(variant)
+        except Exception as error:  # one row's failure must not cost the others
+            session.failures.append(variant.name)
+            print(f"{variant.name}: failed ({type(error).__name__}: {error})", flush=True)
+            continue
+        done[variant] = scores
+        record = _record(variant, done, scorer, session, options)
+        results.merge(options.out / "tiny_wan_students.json", [record])
+        shown = {name: round(value, 4) for name, value in scores.items()}
+        print(f"{variant.name}: {json.dumps(shown)}", flush=True)
+        if variant in _SHOWN:
+            sheet = variant.name.replace("/", "-")
+            scorer.sheet(videos, options.out / f"students-{sheet}.png")
+    print(f"student is {scorer.student}; all in {time.monotonic() - started:.0f} s", flush=True)
+    return 1 if session.failures else 0
+
+
+def better_student(done: Mapping[Variant, Mapping[str, float]]) -> str:
+    """`consistency` or `rcm`: whose clips of few steps are right more often; `rcm` if equal."""
+    totals = {
+        name: sum(done.get(Variant(name, steps), {}).get("all_right", 0.0) for steps in _FEW)
+        for name in (RCM, CONSISTENCY)
+    }
+    return max(totals, key=lambda name: totals[name])
+
+
+_SHOWN = (Variant(TEACHER, 1), Variant(MERGED, 4, topk=0.2, scheme="int8-block"))
+"""Whose clips are kept."""
+
+
+def _record(
+    variant: Variant,
+    done: Mapping[Variant, Mapping[str, float]],
+    scorer: Scorer,
+    session: Session,
+    options: argparse.Namespace,
+) -> Record:
+    scores = done[variant]
+    teacher = Variant(TEACHER, 50, guided=True)
+    return Record(
+        name=f"{session.gpu}/tiny-wan/students/{variant.name}",
+        value=scores["all_right"],
+        unit="share of clips with all four attributes right",
+        spread=0.0,
+        runs=options.captions,
+        baseline={"teacher": done[teacher]["all_right"]} if teacher in done else {},
+        quality={name: value for name, value in scores.items() if name != "all_right"},
+        config={
+            **asdict(variant),
+            "student": scorer.student,
+            "evaluations": variant.evaluations,
+            "captions": options.captions,
+            **{f"drawn_{name}": value for name, value in scorer.drawn.items()},
+        },
+        environment=session.environment,
+        commit=results.current_commit(),
+        date=results.today(),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""Speed and memory of `turbo-opt calibrate` on one and several GPUs, by the command itself.
+
+    python -m benchmarks.training --gpus 1 2 4 --work DIR --out results/
+    python -m benchmarks.training --tiny --gpus 1 2 --work DIR --out DIR    # CPU, a few seconds
+
+A synthetic teacher (random weights) and synthetic clips of its size are written to `--work`. Each
+job is then started as a user starts it, `torchrun -m turbo_opt calibrate …`, and stopped when it
+has logged enough steps. With N GPUs, weights are sharded over all (FSDP2) and min(N, 4) of them
+share the tokens of a clip; each such group has a clip of its own.
+
+The ceiling counts the floating-point operations that a step cannot do without (the teacher's
+forwards, the student's forward and backward, attention by the blocks that it keeps) at the rate of
+a bf16 product measured in the same run, on all GPUs; recomputed activations are not in it.
+
+`--resume` trains tiny-wan instead: on the most GPUs at once, and half of the steps on them and the
+other half on the fewest, from the checkpoint. Recorded is how far the two loss curves lie apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from benchmarks import results
+from benchmarks.compile_large import write_checkpoint
+from benchmarks.forward import CASES, Case
+from benchmarks.kernels._harness import Session
+from benchmarks.results import Ceiling, Record
+from turbo_opt.calibration.data.samples import (
+    EMPTY_PROMPT,
+    SampleIndex,
+    SampleRecord,
+    write_index,
+    write_sample,
+)
+
+_CLIPS = 16
+_TOPK = 0.1
+_PROMPT_TOKENS = 120
+_FORWARDS = {"sla": (1, 1), "rcm": (2, 1)}  # of the teacher, and of what is trained, in each step
+_ROLLOUT = {"sla": 0.0, "rcm": 2.5}  # the student's forwards without gradient: 1 to 4 steps
+_LONGEST = 240.0  # seconds for a job to log its steps
+_RESUMED_STEPS = 12
+
+
+def write_samples(folder: Path, case: Case) -> None:
+    """Random latents and embeddings of the model's size, and those of an empty prompt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    latents = (16, *case.latent)
+    width = case.config["text_dim"]
+    files = [f"{number:06d}.safetensors" for number in range(_CLIPS)]
+    for file in files:
+        clip = torch.randn(latents, generator=generator)
+        write_sample(folder / file, clip, torch.randn(_PROMPT_TOKENS, width, generator=generator))
+    write_sample(folder / EMPTY_PROMPT, None, torch.randn(1, width, generator=generator))
+    index = SampleIndex(
+        format=1,
+        latents=latents,
+        text_length=512,
+        text_dim=width,
+        samples=tuple(SampleRecord(file=file) for file in files),
+    )
+    write_index(folder, index)
+
+
+def job(name: str, gpus: int, work: Path, *, selective: bool = True) -> dict[str, Any]:
+    """A job file's content for that many GPUs."""
+    together = min(gpus, 4)
+    said: dict[str, Any] = {
+        "schema_version": 1,
+        "job": name,
+        "teacher": {"source": str(work / "teacher")},
+        "data": {"folder": str(work / "clips"), "held_out": 0},
+        "sla": {"topk": _TOPK, "block_q": 64, "block_k": 128},
+        "training": {
+            "steps": 1000,
+            "batch": gpus // together,
+            "context_parallel": together,
+            "activations": "selective" if selective else "keep",
+        },
+        "save": {"every": 1000},
+        "log": {"every": 1},
+    }
+    if name == "rcm":
+        # Differences, since neither sparse attention nor shared tokens have a forward derivative.
+        said["rcm"] = {"warm_up": 0, "forward": {"tangent": "difference"}}
+    return said
+
+
+def operations(case: Case, name: str) -> float:
+    """Floating-point operations per token that a step of the job takes at least.
+
+    A product of a weight takes 2 a weight and token, dense attention 4·L·C a layer and token, its
+    sparse form `topk` of that; a backward twice its forward.
+    """
+    config = case.config
+    frames, height, width = case.latent
+    length = frames * height * width // 4
+    channels = config["num_attention_heads"] * config["attention_head_dim"]
+    layer = 6 * channels**2 + 2 * channels * config["ffn_dim"]  # cross-attention's k, v left out
+    linear = 2.0 * config["num_layers"] * layer
+    attention = 4.0 * config["num_layers"] * length * channels
+    dense, sparse = linear + attention, linear + _TOPK * attention
+    teachers, trained = _FORWARDS[name]
+    return teachers * dense + (3 * trained + _ROLLOUT[name]) * sparse
+
+
+def step_seconds(rows: Sequence[dict[str, str]]) -> list[float]:
+    """Seconds of each logged step, from the means since the start that the log holds."""
+    ends = [int(row["step"]) * float(row["seconds_per_step"]) for row in rows]
+    return [after - before for before, after in zip([0.0, *ends], ends, strict=False)]
+
+
+def read_log(path: Path) -> list[dict[str, str]]:
+    """The rows of a log's steps; none if there is no log yet."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row.get("seconds_per_step")]
+
+
+def start(command: str, gpus: int, path: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
+    """The command as torchrun starts it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
+    words = ["-m", "turbo_opt", "calibrate", command, str(path), "--out", str(out), *more]
+    log = (out.parent / f"{out.name}.txt").open("wb")
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4")}
+    return subprocess.Popen(
+        [sys.executable, *launcher, *words], stdout=log, stderr=log, env=environment
+    )
+
+
+def steps_of(
+    name: str, gpus: int, work: Path, steps: int, longest: float, *, tiny: bool
+) -> list[dict[str, str]]:
+    """Rows of the first `steps` steps of a job, which is stopped then.
+
+    Raises:
+        SystemExit: the job ended or took too long.
+    """
+    path, out = work / f"{name}-{gpus}.yaml", work / f"{name}-{gpus}"
+    path.write_text(json.dumps(job(name, gpus, work)), encoding="utf-8")  # JSON is YAML
+    more = ("--device", "cpu") if tiny else ()
+    process = start(name, gpus, path, out, *more)
+    deadline = time.monotonic() + longest
+    try:
+        while len(rows := read_log(out / "log.csv")) < steps:
+            if process.poll() is not None or time.monotonic() > deadline:
+                said = (work / f"{out.name}.txt").read_text(encoding="utf-8", errors="replace")
+                raise SystemExit(f"{name} on {gpus} GPUs logged {len(rows)} steps:\n{said[-3000:]}")
+            time.sleep(0.2)
+        return rows
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def speed_record(
+    case: Case, name: str, gpus: int, rows: Sequence[dict[str, str]], session: Session
+) -> Record:
+    """Tokens per second; rCM's steps differ, so that a whole round of five is one sample."""
+    frames, height, width = case.latent
+    tokens = frames * height * width // 4 * max(1, gpus // 4)
+    skipped = 2  # they compile and tune
+    seconds = step_seconds(rows)[skipped:]
+    around = 5 if name == "rcm" else 1
+    rounds = [
+        around * tokens / sum(seconds[first : first + around])
+        for first in range(0, len(seconds) - around + 1, around)
+    ]
+    low, _, high = quantiles(rounds, n=4) if len(rounds) > 1 else (rounds[0],) * 3
+    rate = session.bf16_matmul
+    bound = gpus * rate.value * 1e12 / operations(case, name)
+    value = median(rounds)
+    peaks = [float(row["peak_gib"]) for row in rows if row.get("peak_gib")]
+    return Record(
+        name=f"{session.gpu}/{case.name}/calibrate-{name}/{gpus}-gpus/tokens_per_s",
+        value=value,
+        unit="tokens/s",
+        spread=(high - low) / 2,
+        runs=len(rounds),
+        ceiling=Ceiling(bound, "tokens/s", f"{gpus} × {rate.what}, {rate.value:.0f} TFLOP/s"),
+        share_of_ceiling=value / bound,
+        config={
+            "peak_gib": max(peaks, default=None),
+            "seconds_per_step": around * tokens / value / around,
+            "job": job(name, gpus, Path("."))["training"],
+            "topk": _TOPK,
+        },
+        environment=session.environment,
+        commit=results.current_commit(),
+        date=results.today(),
+    )
+
+
+def resume_record(work: Path, most: int, fewest: int, session: Session, *, tiny: bool) -> Record:
+    """Train tiny-wan on `most` processes, and again with its second half on `fewest`."""
+    folder = work / "resume"
+    case = Case("tiny-wan", {"text_dim": 128}, (5, 24, 24), 1)
+    write_samples(folder / "clips", case)
+    said = job("sla", 1, folder)
+    said["teacher"] = {"source": "tiny-wan"}
+    said["training"] |= {"batch": 8, "steps": _RESUMED_STEPS, "rate": 1e-4}
+    said["training"]["compute_dtype"] = "float32"
+    said["save"] = {"every": _RESUMED_STEPS // 2}
+    more = ("--device", "cpu") if tiny else ()
+
+    def run(name: str, gpus: int, steps: int, *flags: str) -> list[float]:
+        said["training"]["steps"] = steps
+        path = folder / f"{name}.yaml"
+        path.write_text(json.dumps(said), encoding="utf-8")
+        if start("sla", gpus, path, folder / name, *more, *flags).wait(_LONGEST):
+            text = (folder / f"{name}.txt").read_text(encoding="utf-8", errors="replace")
+            raise SystemExit(f"{name} on {gpus} processes failed:\n{text[-3000:]}")
+        return [float(row["loss"]) for row in read_log(folder / name / "log.csv")]
+
+    whole = run("whole", most, _RESUMED_STEPS)
+    # Rates follow from the share of all steps, so the first half is stopped, not shortened.
+    said["save"] = {"every": _RESUMED_STEPS // 2, "keep": 2}
+    run("parts", most, _RESUMED_STEPS)
+    newest = folder / "parts" / "checkpoints" / "latest"
+    half = f"step-{_RESUMED_STEPS // 2:06d}"
+    newest.write_text(half + "\n", encoding="utf-8")
+    parts = run("parts", fewest, _RESUMED_STEPS, "--resume")
+    pairs = list(zip(whole, parts, strict=True))[_RESUMED_STEPS // 2 :]
+    apart = max(abs(a - b) / a for a, b in pairs)
+    return Record(
+        name=f"{session.gpu}/tiny-wan/calibrate-sla/resumed_loss_difference",
+        value=apart,
+        unit="relative",
+        spread=0.0,
+        runs=len(pairs),
+        config={"from_processes": most, "to_processes": fewest, "dtype": "float32",
+                "losses": whole, "resumed": parts},
+        environment=session.environment,
+        commit=results.current_commit(),
+        date=results.today(),
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1])
+    parser.add_argument("--jobs", nargs="+", choices=sorted(_FORWARDS), default=sorted(_FORWARDS))
+    parser.add_argument("--steps", type=int, default=9, help="logged steps of each job")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=results.RESULTS)
+    parser.add_argument("--resume", action="store_true", help="only the loss after resuming")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
+    options = parser.parse_args()
+    session = Session(dry=options.tiny)
+    options.work.mkdir(parents=True, exist_ok=True)
+    out = options.out / "training.json"
+    keep: Callable[[Record], None] = lambda record: results.merge(out, [record])  # noqa: E731
+    if options.resume:
+        most, fewest = max(options.gpus), min(options.gpus)
+        keep(resume_record(options.work, most, fewest, session, tiny=options.tiny))
+        return
+    case = CASES["tiny" if options.tiny else "1.3b"]
+    if options.tiny:
+        case = dataclasses.replace(case, config={**case.config, "num_attention_heads": 4})
+    if not (options.work / "clips").is_dir():
+        write_checkpoint(options.work / "teacher", case.config, sparse=False)
+        write_samples(options.work / "clips", case)
+    for name in options.jobs:
+        for gpus in options.gpus:
+            rows = steps_of(name, gpus, options.work, options.steps, _LONGEST, tiny=options.tiny)
+            keep(speed_record(case, name, gpus, rows, session))
+    records = results.read(out)
+    print(results.tabulate([record for record in records if math.isfinite(record.value)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""padded_attention: a prompt's padding is computed once, and counts as often as it stands there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+from tests.kernels.attention_checks import heads_of_one_product
+from tests.kernels.kernel_checks import assert_opcheck, relative_error, run_by
+from turbo_opt.kernels import OperatorInputError, choose, padded_attention
+
+# bfloat16 fails in Triton's interpreter. P is rounded to 16 bits there, nowhere in the reference.
+DTYPES = {"reference": torch.float32, "triton": torch.float16}
+LARGEST_ERROR = {"reference": 2e-6, "triton": 2e-3}
+STARTS = [0, 1, 30, 31, 32, 98]  # of 99 keys; tiles have 32
+
+
+def problem(dtype, device, *, starts, keys=99, queries=130, heads=2, head_dim=128):
+    """q, k and v that repeat one token from `starts` on, and `starts` as the operator takes it."""
+    q, _, _ = heads_of_one_product(len(starts), heads, queries, dtype, device, head_dim)
+    _, k, v = heads_of_one_product(len(starts), heads, keys, dtype, device, head_dim)
+    for batch, start in enumerate(starts):
+        for x in (k, v):
+            x[batch, :, start:] = x[batch, :, start : start + 1].clone()
+    return q, k, v, torch.tensor(starts, dtype=torch.int32, device=device)
+
+
+def exact(q, k, v, scale=None):
+    return scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=scale)
+
+
+@pytest.mark.parametrize("provider", DTYPES)
+@pytest.mark.parametrize("start", STARTS)
+def test_it_equals_attention_to_every_copy(provider, start, device):
+    q, k, v, starts = problem(DTYPES[provider], device, starts=[start])
+    result = run_by(provider, "padded_attention", q, k, v, starts, None)
+    assert relative_error(exact(q, k, v), result) < LARGEST_ERROR[provider]
+
+
+@pytest.mark.parametrize("provider", DTYPES)
+def test_batch_elements_are_padded_apart_and_the_scale_is_theirs_to_choose(provider, device):
+    q, k, v, starts = problem(DTYPES[provider], device, starts=[3, 70], head_dim=64)
+    result = run_by(provider, "padded_attention", q, k, v, starts, 0.3)
+    assert relative_error(exact(q, k, v, 0.3), result) < LARGEST_ERROR[provider]
+
+
+@pytest.mark.parametrize("provider", DTYPES)
+def test_tokens_behind_the_first_padding_are_not_read(provider, device):
+    q, k, v, starts = problem(DTYPES[provider], device, starts=[40])
+    expected = run_by(provider, "padded_attention", q, k, v, starts, None)
+    for x in (k, v):
+        x[:, :, 41:] = float("nan") if provider == "triton" else 7.0
+    assert torch.equal(run_by(provider, "padded_attention", q, k, v, starts, None), expected)
+
+
+@pytest.mark.parametrize("provider", DTYPES)
+def test_one_query_and_one_key(provider, device):
+    q, k, v, starts = problem(DTYPES[provider], device, starts=[0], keys=1, queries=1)
+    result = run_by(provider, "padded_attention", q, k, v, starts, None)
+    torch.testing.assert_close(result, v.expand_as(result))
+
+
+@settings(max_examples=25, deadline=None)
+@given(keys=st.integers(1, 40), data=st.data())
+def test_the_reference_counts_the_copies_for_any_number_of_keys(keys, data):
+    start = data.draw(st.integers(0, keys - 1))
+    q, k, v, starts = problem(
+        torch.float32,
+        torch.device("cpu"),
+        starts=[start],
+        keys=keys,
+        queries=5,
+        heads=1,
+        head_dim=8,
+    )
+    result = run_by("reference", "padded_attention", q, k, v, starts, None)
+    assert relative_error(exact(q, k, v), result) < LARGEST_ERROR["reference"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("queries", "start"), [(32760, 120), (777, 511), (300, 0)])
+def test_16_bits_on_the_gpu(dtype, queries, start):
+    shape = {"keys": 512, "queries": queries, "heads": 3}
+    q, k, v, starts = problem(dtype, torch.device("cuda"), starts=[start], **shape)
+    result = run_by("triton", "padded_attention", q, k, v, starts, None)
+    assert relative_error(exact(q, k, v), result) < (0.006 if dtype is torch.bfloat16 else 0.001)
+
+
+def test_the_operator_is_sound(device):
+    assert_opcheck(
+        "padded_attention", *problem(torch.float16, device, starts=[3], keys=9, queries=5), None
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "provider"),
+    [
+        ("sm90", torch.bfloat16, "triton"),
+        ("sm80", torch.float16, "triton"),
+        ("sm90", torch.float32, "reference"),
+        ("sm75", torch.float16, "reference"),
+        ("cpu", torch.bfloat16, "reference"),
+    ],
+)
+def test_who_serves(device, dtype, provider):
+    arguments = problem(dtype, torch.device("cpu"), starts=[1], keys=2, queries=2)
+    assert choose("padded_attention", device, *arguments, None) == provider
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": torch.ones(1, 2, 9, 64)}, "k and v must be"),
+        ({"v": torch.ones(1, 2, 9, 128).half()}, "must share"),
+        ({"start": torch.zeros(1)}, r"start must be \(B,\) int32"),
+        ({"start": torch.zeros(2, dtype=torch.int32)}, r"start must be \(B,\) int32"),
+        ({"scale": float("inf")}, "scale must be finite"),
+        ({"k": torch.ones(1, 2, 0, 128), "v": torch.ones(1, 2, 0, 128)}, "at least one key"),
+    ],
+)
+def test_what_is_refused(changes, message):
+    heads = torch.ones(1, 2, 9, 128)
+    arguments = {
+        "q": heads, "k": heads, "v": heads, "start": torch.zeros(1, dtype=torch.int32),
+    }  # fmt: skip
+    with pytest.raises(OperatorInputError, match=message):
+        padded_attention(**{**arguments, **changes})
