@@ -20,12 +20,11 @@ from torch import Tensor
 
 from turbo_opt.calibration.networks import DenoiserFolder, whole
 from turbo_opt.calibration.training.world import World
+from turbo_opt.checkpoints.names import is_kept_aside
 from turbo_opt.errors import BadInput
 
 SHARD_BYTES = 4 * 2**30
 _STEM = "diffusion_pytorch_model"
-_FLOAT32 = ".proj_l."
-"""In the name of weights that stay in float32: the operators read them so."""
 
 
 def export_model(
@@ -91,7 +90,8 @@ def _write_weights(
     world: World,
     shard_bytes: int,
 ) -> None:
-    dtypes = {name: torch.float32 if _FLOAT32 in name else dtype for name in values}
+    # Operators read the weights that only passes know in float32.
+    dtypes = {name: torch.float32 if is_kept_aside(name) else dtype for name in values}
     sizes = {name: value.numel() * dtypes[name].itemsize for name, value in values.items()}
     shards = _plan(sizes, shard_bytes)
     weight_map = {}

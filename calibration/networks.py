@@ -102,9 +102,9 @@ def build_network(
     Raises:
         BadInput: the checkpoint lacks a weight, or has it in another shape.
     """
-    network, tables = _without_weights(folder)
+    network, tables = without_weights(folder)
     prepare(network)
-    checkpoint = _open_weights(folder, network, fill or {})
+    checkpoint = open_weights(folder, network, fill or {})
     if world.size > 1:
         _shard(network, world)
     network.to_empty(device=world.device)
@@ -147,7 +147,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _without_weights(folder: DenoiserFolder) -> tuple[nn.Module, dict[str, Tensor]]:
+def without_weights(folder: DenoiserFolder) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The network in float32 with its parameters on meta, and its buffers by name.
+
+    Raises:
+        BadInput: its config.json describes no such network.
+    """
     import diffusers
     from accelerate import init_empty_weights
 
@@ -160,9 +165,14 @@ def _without_weights(folder: DenoiserFolder) -> tuple[nn.Module, dict[str, Tenso
     return network.float(), {name: value.clone() for name, value in network.named_buffers()}
 
 
-def _open_weights(
+def open_weights(
     folder: DenoiserFolder, network: nn.Module, fill: Mapping[str, Tensor]
 ) -> Checkpoint:
+    """The checkpoint's weights for every parameter but those in `fill`, unread.
+
+    Raises:
+        BadInput: it lacks one.
+    """
     expected = {
         name: parameter.to("meta")
         for name, parameter in network.named_parameters()

@@ -1,1 +1,1 @@
-"""Jobs of `turbo-opt calibrate`: their schema, and how they are read."""
+"""Jobs of `turbo-opt calibrate`: their schema, how they are read, and what all of them do."""

@@ -47,6 +47,10 @@ class Data(Section):
     unconditional_share: float = Field(
         0.1, ge=0, le=1, description="Share of prompts replaced by the empty one, for guidance."
     )
+    resident: bool = Field(
+        False,
+        description="Keep all samples in the device's memory, instead of reading each step's.",
+    )
 
 
 class Noise(Section):
@@ -69,6 +73,12 @@ class Training(Section):
     """How long, how fast and in what precision."""
 
     steps: int = Field(1000, ge=1, description="Steps of the whole training.")
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        description="Wall-clock budget of the whole training, over all of its runs. The rate "
+        "follows the used share of it, so it ends annealed; `steps` is then the most.",
+    )
     batch: int = Field(8, ge=1, description="Samples per step, over all processes.")
     micro_batch: int | None = Field(
         None,
@@ -99,6 +109,12 @@ class Training(Section):
         1, ge=1, description="Processes that share the tokens of a clip, by heads in attention."
     )
     seed: int = Field(0, ge=0, description="Of the order of samples and of all noise.")
+    draws: Literal["sample", "batch"] = Field(
+        "sample",
+        description="What noise is drawn for: each sample, on the CPU, the same on every device "
+        "and number of processes; or a whole batch at once on the device, which large batches of "
+        "a small model need.",
+    )
 
 
 class Saving(Section):
@@ -137,8 +153,8 @@ class Export(Section):
     average: bool = Field(True, description="Ship the moving average, if one is kept.")
 
 
-class SparseLinear(Section):
-    """The attention that the student is tuned for; see `turbo-opt passes show sparse-attention`."""
+class Blocks(Section):
+    """Which tokens attention keeps; see `turbo-opt passes show sparse-attention`."""
 
     topk: Share = Field(0.1, description="Share of the key blocks that a query block keeps.")
     block_q: Literal[64, 128] = Field(128, description="Tokens per query block; 64 on Hopper.")
@@ -146,9 +162,30 @@ class SparseLinear(Section):
     feature_map: Literal["softmax", "elu", "relu"] = Field(
         "softmax", description="Feature map of the linear branch."
     )
+
+
+class SparseLinear(Blocks):
+    """The attention that the student is tuned for."""
+
+    mode: Literal["sla", "sla2"] = Field(
+        "sla",
+        description="sla: blocks by their means, the linear branch projected by `proj_l`. sla2: "
+        "blocks by the router of `student.start`, which stays as it is, and a learned ratio.",
+    )
+    quantized: bool = Field(
+        False,
+        description="The sparse branch gives what 8-bit operands give, as the compiled model will; "
+        "gradients stay those of 16 bits.",
+    )
     trained: Literal["all", "proj_l"] = Field(
         "all", description="All weights of the student, or only the branch's projection."
     )
+
+    @model_validator(mode="after")
+    def _has_what_is_trained(self) -> SparseLinear:
+        if self.mode == "sla2" and self.trained == "proj_l":
+            raise ValueError("mode 'sla2' has no proj_l to train: set trained to 'all'")
+        return self
 
 
 class ClosedForm(Section):
@@ -167,7 +204,8 @@ class Student(Section):
     start: str | None = Field(
         None,
         description="A `model` folder of an earlier job or of the closed form, relative to this "
-        "file; null begins with the teacher's weights and a zero `proj_l`.",
+        "file; null begins with the teacher's weights and a zero `proj_l`. sla.mode sla2 needs one "
+        "of `turbo-opt calibrate router`.",
     )
 
 

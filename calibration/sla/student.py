@@ -1,7 +1,7 @@
 """A diffusers Wan denoiser whose self-attention is sparse-linear and can be trained.
 
-Only the attention processor is exchanged, and `proj_l` added to each self-attention: parameters
-keep diffusers' names, and `blocks.N.attn1.proj_l.{weight,bias}` are those that the pass
+Only the attention processor is exchanged, and `proj_l` added to each self-attention, or router and
+ratio of SLA2: parameters keep diffusers' names, and those that are added are those that the pass
 `sparse-attention` reads.
 """
 
@@ -13,8 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from turbo_opt.calibration.jobs.schema import SparseLinear
+from turbo_opt.calibration.networks import DenoiserFolder
 from turbo_opt.calibration.sla.attention import Sparsity, linear_branch, sparse_branch
+from turbo_opt.calibration.sla2.router import ROUTER, add_routers, attend_routed, router_names
 from turbo_opt.calibration.training.context import heads_to_tokens, tokens_to_heads
+from turbo_opt.capture.checkpoint import open_checkpoint
+from turbo_opt.errors import BadInput
 
 PROJECTION = "proj_l"
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -53,6 +58,43 @@ class HeadAttention:
         o = self._attend(attn, *heads).transpose(1, 2)
         o = heads_to_tokens(o, self._group).flatten(2)
         return attn.to_out[1](attn.to_out[0](o))
+
+
+def make_sparse(network: nn.Module, settings: SparseLinear, group: Any = None) -> None:
+    """Give a network the self-attention that a job asks for, and say which weights are trained.
+
+    Args:
+        group: processes that share the tokens.
+    """
+    sparsity = Sparsity.of(settings)
+    if settings.mode == "sla2":
+        add_routers(network)
+        set_attention(network, attend_routed(sparsity, group), group)
+    else:
+        add_projections(network)
+        set_attention(network, attend_sparsely(sparsity), group)
+    for name, parameter in network.named_parameters():
+        everything = settings.trained == "all" and f".{ROUTER}." not in name
+        parameter.requires_grad_(everything or f".{PROJECTION}." in name)
+
+
+def initial_values(settings: SparseLinear, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Values of what `make_sparse` adds, by parameter name, for a start without them."""
+    return zero_projections(config) if settings.mode == "sla" else {}
+
+
+def check_start(settings: SparseLinear, start: DenoiserFolder) -> None:
+    """Raise BadInput if a student of SLA2 would start without a router. Reads no weights."""
+    if settings.mode != "sla2":
+        return
+    stored = open_checkpoint(start.path, {}, {}).unread
+    missing = [name for name in router_names(start.config) if name not in stored]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise BadInput(
+            f"student.start: {start.path} has no {missing[0]}{more}; sla.mode sla2 starts from the "
+            "`model` folder that `turbo-opt calibrate router` writes"
+        )
 
 
 def attend_sparsely(sparsity: Sparsity) -> Attend:

@@ -10,4 +10,6 @@ exactly: colour, shape, motion and background are measured from the pixels alone
     compact_text     cross-attention over 512 text positions at the price of a few
     training         budgets, learning rates, checkpoints, compilation
     train_vae, train_denoiser, assemble, evaluate     the four stages, run by ``__main__``
+    samples          drawn clips as a set that `turbo-opt calibrate` jobs learn from
+    students         few-step and sparse students of the assembled model, by the jobs in jobs/
 """

@@ -1,4 +1,7 @@
-"""Train, assemble and evaluate tiny-wan: ``python -m turbo_opt.calibration.tiny_wan STAGE …``."""
+"""Train, assemble and evaluate tiny-wan: ``python -m turbo_opt.calibration.tiny_wan STAGE …``.
+
+The stage ``students`` trains on the tiny-wan that ships, and is not part of ``all``.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch
 
 from .assemble import assemble
 from .evaluate import Evaluation, evaluate, load_pipeline, write_report
+from .students import StudentTraining, train_students
 from .train_denoiser import DenoiserTraining, train_denoiser
 from .train_vae import VAETraining, train_vae
 from .training import Budget
@@ -24,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.device = torch.device(
         options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     )
-    options.out = options.out or options.work / "tiny_wan"
+    folder = "students" if options.stage == "students" else "tiny_wan"
+    options.out = options.out or options.work / folder
     options.work.mkdir(parents=True, exist_ok=True)
     stages = ["vae", "denoiser", "assemble", "evaluate"]
     for stage in stages if options.stage == "all" else [options.stage]:
@@ -91,11 +96,26 @@ def _run_evaluate(options: argparse.Namespace) -> bool:
     return any(report["passed"] for report in reports)
 
 
+def _run_students(options: argparse.Namespace) -> bool:
+    settings = _override(
+        StudentTraining(),
+        minutes=options.minutes,
+        steps=options.steps,
+        clips=options.clips,
+        batch=options.batch,
+        seed=options.seed,
+    )
+    sizes = train_students(settings, options.work, options.out, options.device)
+    print(json.dumps(sizes, indent=2), flush=True)
+    return True
+
+
 _STAGES = {
     "vae": _run_vae,
     "denoiser": _run_denoiser,
     "assemble": _run_assemble,
     "evaluate": _run_evaluate,
+    "students": _run_students,
 }
 
 
@@ -108,7 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--out",
         type=Path,
-        help="the assembled diffusers folder (default: WORK/tiny_wan)",
+        help="the assembled diffusers folder (default: WORK/tiny_wan), or the students' weights "
+        "and logs (default: WORK/students)",
     )
     add("--device", help="default: cuda if there is one")
     add("--seed", type=int)
@@ -137,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--vae-batch", type=int)
     add("--vae-rate", type=float)
     add("--vae-clips", type=int, help="scenes that measure the VAE")
-    add("--batch", type=int, help="the denoiser's batch")
+    add("--batch", type=int, help="the denoiser's batch, or the students'")
     add("--rate", type=float, help="the denoiser's peak learning rate")
     add("--log-every", type=int)
     add("--no-compile", action="store_true")

@@ -29,9 +29,9 @@ Progress = Callable[[int, int, str], None]
 """Told (steps done, steps in all, the last loss as text)."""
 Draw = Callable[[int, torch.nn.Module], Mapping[str, float]]
 """Makes clips with a network after a step; what is measured of them goes to the log."""
-_SAME_SECTIONS = ("job", "teacher", "noise", "sla", "student", "rcm")
+_SAME_SECTIONS = ("job", "teacher", "noise", "sla", "student", "rcm", "router")
 _SAME_KEYS = {
-    "training": ("batch", "seed", "average", "compute_dtype"),
+    "training": ("batch", "seed", "draws", "average", "compute_dtype"),
     "data": ("held_out", "unconditional_share"),
 }
 _EVALUATION_SEED = 1_000_003
@@ -66,11 +66,20 @@ class Trainer:
         }
         self.checkpoints = Checkpoints(out / CHECKPOINTS, job.save, world)
         self.step = 0
+        self._minutes, self._began = 0.0, time.monotonic()
         self._draw = draw
         self._micro = micro_batch(job, world)
         trained, self._held_out = split(samples, job.data.held_out)
         unconditional = job.data.unconditional_share > 0
-        self._batches = Batches(samples, trained, job.training.seed, world.device, unconditional)
+        self._batches = Batches(
+            samples,
+            trained,
+            job.training.seed,
+            world.device,
+            unconditional,
+            resident=job.data.resident,
+            together=job.training.draws == "batch",
+        )
         self._evaluated = Batches(
             samples, self._held_out, _EVALUATION_SEED, world.device, unconditional
         )
@@ -95,7 +104,7 @@ class Trainer:
         self.checkpoints.load(path, self._tensors())
         for trainee in self.trainees.values():
             trainee.loaded()
-        self.step = record["step"]
+        self.step, self._minutes = record["step"], float(record.get("minutes", 0.0))
         return True
 
     def run(
@@ -106,26 +115,46 @@ class Trainer:
         Raises:
             TurboOptError: the loss or a gradient is not finite; the last checkpoint is whole.
         """
-        settings, total = self.job.training, self.job.training.steps
+        settings = self.job.training
         log = Log(self.out, self.step, self.job.log.tensorboard) if self.world.is_main else None
         started, first = time.monotonic(), self.step
         before = scores = self.evaluate()
         try:
             if self.step == 0:
                 self._log(log, before)
-            while self.step < total:
-                rate = learning_rate(self.step / total, settings.rate, settings.warm_up)
+            self._began = time.monotonic()  # what came before is of no budget
+            used = self._used()
+            while used < 1:
+                rate = learning_rate(used, settings.rate, settings.warm_up)
                 values = self._train_step(rate)
                 self.step += 1
-                progress(self.step, total, f"loss {values['loss']:.4g}")
+                used = self._used()
+                progress(self.step, round(self.step / used), f"loss {values['loss']:.4g}")
                 values |= {"rate": rate}
                 values["seconds_per_step"] = (time.monotonic() - started) / (self.step - first)
-                scores = self._after_step(log, values)
+                if self.world.device.type == "cuda":
+                    peak = torch.cuda.max_memory_allocated(self.world.device)
+                    values["peak_gib"] = peak / 2**30
+                scores = self._after_step(log, values, last=used == 1)
             self.checkpoints.finish()
         finally:
             if log is not None:
                 log.close()
         return before, scores
+
+    def _used(self) -> float:
+        """Which share of the training is done, up to 1: of its steps, or of its time if that is
+        more. All processes call, and agree."""
+        settings = self.job.training
+        used = self.step / settings.steps
+        if settings.minutes is not None:
+            share = torch.tensor(self._elapsed() / settings.minutes, device=self.world.device)
+            used = max(used, float(self.world.mean(share)))
+        return min(used, 1.0)
+
+    def _elapsed(self) -> float:
+        """Minutes of this training, those of earlier runs included."""
+        return self._minutes + (time.monotonic() - self._began) / 60
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -180,9 +209,11 @@ class Trainer:
         for start in range(first, first + share, self._micro):
             yield self._batches.at(range(start, start + self._micro))
 
-    def _after_step(self, log: Log | None, values: dict[str, float]) -> dict[str, float]:
+    def _after_step(
+        self, log: Log | None, values: dict[str, float], last: bool
+    ) -> dict[str, float]:
         """Log, evaluate, draw and save what is due; returns held-out scalars, if they are."""
-        job, last = self.job, self.step == self.job.training.steps
+        job = self.job
         due = {
             name: last or self.step % every == 0
             for name, every in (("log", job.log.every), ("evaluate", job.log.evaluate_every))
@@ -197,7 +228,8 @@ class Trainer:
             self._log(log, row)
         self.checkpoints.poll()
         if last or self.step % job.save.every == 0:
-            self.checkpoints.save(self.step, self._tensors(), {"identity": self._identity()})
+            record = {"identity": self._identity(), "minutes": self._elapsed()}
+            self.checkpoints.save(self.step, self._tensors(), record)
         return scores
 
     def _log(self, log: Log | None, row: Mapping[str, float]) -> None:

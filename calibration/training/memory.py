@@ -18,6 +18,7 @@ import turbo_opt.kernels  # noqa: F401  (registers turbo_opt::*)
 _ATEN = torch.ops.aten
 _KEPT = {
     torch.ops.turbo_opt.block_sparse_attention.default,
+    torch.ops.turbo_opt.sage_sparse_attention.default,
     *(
         getattr(_ATEN, name).default
         for name in (

@@ -25,6 +25,15 @@ HISTORY = (
         "weight_bytes_before": 2**30,
         "peak_rss_bytes": 3 * 2**20,
         "verification": {"worst_sqnr_db": 31.26, "bitwise": False, "worst_module": "blocks.1.ffn"},
+        "choices": [
+            {
+                "denoiser": "transformer",
+                "module": "blocks.1.ffn",
+                "choice": "16 bits",
+                "reason": "fp8-block has 20.0 dB | less",
+            },
+            {"module": "of another kind"},
+        ],
     },
     {"name": "canonicalize", "matches": 2, "verification": {"bitwise": True}},
 )
@@ -57,6 +66,15 @@ def test_each_pass_has_a_row_with_its_numbers_in_every_form(stored: Path) -> Non
             assert text in page
     row = json.loads(pages["report.json"])["passes"][0]
     assert (row["matches"], row["near_misses"], row["worst_sqnr_db"]) == (26, 1, 31.26)
+
+
+def test_what_was_chosen_for_a_layer_is_told_with_the_reason(stored: Path) -> None:
+    pages = _pages(stored)
+    assert "| blocks.1.ffn | 16 bits | fp8-block has 20.0 dB \\| less |" in pages["report.md"]
+    assert "<td>16 bits</td><td>fp8-block has 20.0 dB | less</td>" in pages["report.html"]
+    assert "What canonicalize chose" not in pages["report.html"]
+    (choice,) = json.loads(pages["report.json"])["passes"][0]["choices"]
+    assert choice["module"] == "blocks.1.ffn"
 
 
 def test_the_html_is_well_formed_self_contained_and_escapes_what_it_shows(stored: Path) -> None:

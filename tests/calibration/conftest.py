@@ -33,19 +33,26 @@ log: {every: 1, evaluate_every: 2}
 """
 
 
-def write_samples(folder: Path, count: int = 8) -> Path:
+def write_samples(
+    folder: Path, count: int = 8, frames: int = LATENTS[1], text_dim: int = TEXT_DIM
+) -> Path:
     """Random smooth latents and random prompts."""
     folder.mkdir()
+    channels, _, *sides = LATENTS
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(count, 16, 2, 4, 4, generator=generator)
-    latents = torch.nn.functional.interpolate(coarse, LATENTS[1:], mode="trilinear")
-    prompts = torch.randn(count + 1, 5, TEXT_DIM, generator=generator)
+    latents = torch.nn.functional.interpolate(coarse, (frames, *sides), mode="trilinear")
+    prompts = torch.randn(count + 1, 5, text_dim, generator=generator)
     for number in range(count):
         write_sample(folder / f"{number:06d}.safetensors", latents[number], prompts[number])
     write_sample(folder / EMPTY_PROMPT, None, prompts[count])
     records = tuple(SampleRecord(file=f"{n:06d}.safetensors") for n in range(count))
     index = SampleIndex(
-        format=1, latents=LATENTS, text_length=TEXT_LENGTH, text_dim=TEXT_DIM, samples=records
+        format=1,
+        latents=(channels, frames, *sides),
+        text_length=TEXT_LENGTH,
+        text_dim=text_dim,
+        samples=records,
     )
     write_index(folder, index)
     return folder

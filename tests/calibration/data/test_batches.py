@@ -82,3 +82,33 @@ def test_noisy_latents_lie_between_data_and_noise() -> None:
     clean, noise = torch.ones(2, 1, 1, 2, 2), torch.zeros(2, 1, 1, 2, 2)
     x = noisy(clean, noise, torch.tensor([0.25, 1.0]))
     assert (x[0] == 0.75).all() and (x[1] == 0).all()
+
+
+def test_a_resident_set_gives_the_same_batches(samples_folder) -> None:
+    folder = samples_folder()
+    (folder / "000002.safetensors").write_bytes(b"not a sample")
+    read = batches(folder)
+    kept = Batches(SampleSet.open(folder, 0.5), range(6), 0, CPU, unconditional=True, resident=True)
+    wanted = read.at(range(9))
+    for path in folder.glob("0*.safetensors"):
+        path.unlink()
+    found = kept.at(range(9))
+    assert found.names == wanted.names
+    assert torch.equal(found.latents, wanted.latents)
+    assert torch.equal(found.prompt_embeds, wanted.prompt_embeds)
+
+
+def test_noise_drawn_together_follows_from_seed_place_and_name(home: Path) -> None:
+    def at(positions, seed: int = 0):
+        samples = SampleSet.open(home / "samples")
+        return Batches(samples, range(6), seed, CPU, unconditional=True, together=True).at(
+            positions
+        )
+
+    first = at([0, 1]).noise("a")
+    assert first.shape == (2, *at([0]).latents.shape[1:])
+    assert torch.equal(first, at([0, 1]).noise("a"))
+    others = [at([2, 3]).noise("a"), at([0, 1]).noise("b"), at([0, 1], seed=1).noise("a")]
+    assert not any(torch.equal(first, other) for other in others)
+    assert not torch.equal(first[0], first[1])
+    assert at([0, 1]).uniform("t").shape == (2,)

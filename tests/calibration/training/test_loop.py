@@ -192,3 +192,46 @@ def test_the_average_is_what_is_evaluated(home, tmp_path) -> None:
         averaged = trained.shipped.network.weight.detach().clone()
     assert torch.equal(trained.shipped.network.weight, weight)
     assert not torch.equal(averaged, weight)
+
+
+class Clock:
+    """Every look at it is a second later."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        self.seconds += 1.0
+        return self.seconds
+
+
+def rates(home: Path, out: Path, *overrides: str) -> tuple[Trainer, list[float]]:
+    trained = trainer(home, out, "save.asynchronous=false", "log.every=1", *overrides)
+    trained.resume()
+    trained.run()
+    with (out / "log.csv").open(newline="") as file:
+        return trained, [float(row["rate"]) for row in csv.DictReader(file) if row.get("rate")]
+
+
+def test_a_budget_of_time_ends_annealed_wherever_it_ends(home, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("turbo_opt.calibration.training.loop.time", Clock())
+    settings = ("training.rate=1.0", "training.steps=1000", "training.warm_up=0.0")
+    short, few = rates(home, tmp_path / "a", *settings, "training.minutes=0.5")
+    long, many = rates(home, tmp_path / "b", *settings, "training.minutes=1.0")
+    assert 5 < short.step < long.step < 40
+    assert few[0] > 0.9 and few[-1] < 0.1 and many[-1] < 0.05
+    assert (tmp_path / "a" / "checkpoints" / f"step-{short.step:06d}").is_dir()
+
+
+def test_steps_bound_a_budget_of_time(home, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("turbo_opt.calibration.training.loop.time", Clock())
+    trained, _ = rates(home, tmp_path, "training.steps=3", "training.minutes=60.0")
+    assert trained.step == 3
+
+
+def test_a_resumed_training_remembers_the_minutes_it_has_used(home, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("turbo_opt.calibration.training.loop.time", Clock())
+    settings = ("training.steps=1000", "training.minutes=0.5")
+    first, _ = rates(home, tmp_path, *settings)
+    again, _ = rates(home, tmp_path, *settings)
+    assert again.step == first.step

@@ -12,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.calibration.conftest import JOB
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
 from turbo_opt.calibration.sla.run import train_sla
+from turbo_opt.calibration.sla2.run import train_router
+from turbo_opt.calibration.sla2.schema import RouterJob
 from turbo_opt.calibration.training.world import World
 
 ROOT = Path(__file__).parents[3]
@@ -25,16 +28,45 @@ def log(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def train_alone(home: Path, out: Path, *settings: str, resume: bool = False) -> None:
-    job = load_job(home / "job.yaml", SLAJob, settings)
-    world = World(0, 1, torch.device("cpu"))
-    train_sla(job, out, world, resume=resume, progress=lambda *told: None)
+ALONE = World(0, 1, torch.device("cpu"))
+ROUTER_JOB = """\
+schema_version: 1
+job: router
+teacher: {source: ./teacher}
+data: {folder: samples, held_out: 2}
+router: {topk: 0.5, block_q: 64, block_k: 64}
+training: {steps: 4, batch: 2, compute_dtype: float32}
+log: {every: 1, evaluate_every: 2}
+"""
+
+
+def quiet(*told: object) -> None:
+    """No progress."""
+
+
+def train_alone(
+    home: Path, out: Path, *settings: str, resume: bool = False, job: str = "job"
+) -> None:
+    settled = load_job(home / f"{job}.yaml", SLAJob, settings)
+    train_sla(settled, out, ALONE, resume=resume, progress=quiet)
 
 
 @pytest.fixture(scope="module")
 def trained(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`alone`, `data` and `context`: the same job on one process, on two, and on two."""
+    """The same jobs on one process and on two.
+
+    `alone`, `data` and `context` tune for SLA; `router alone` and `router` are stage 1 of SLA2,
+    `routed alone` and `routed` stage 2.
+    """
     out = tmp_path_factory.mktemp("two")
+    (home / "router.yaml").write_text(ROUTER_JOB)
+    start = (
+        f"mode: sla2, topk: 0.5, block_q: 64, block_k: 64}}\nstudent: {{start: {out}/start/model}}"
+    )
+    (home / "routed.yaml").write_text(JOB.replace("topk: 0.5, block_q: 64, block_k: 64}", start))
+    router = load_job(home / "router.yaml", RouterJob)
+    train_router(router, out / "router alone", ALONE, progress=quiet)
+    (out / "start").symlink_to(out / "router alone")
     script = Path(__file__).with_name("two_processes.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -51,24 +83,30 @@ def trained(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     train_alone(home, out / "alone")
+    train_alone(home, out / "routed alone", job="routed")
     return out
 
 
-@pytest.mark.parametrize("shared", ["data", "context"])
-def test_losses_and_gradients_are_those_of_one_process(trained: Path, shared: str) -> None:
-    alone, together = log(trained / "alone"), log(trained / shared)
+PAIRS = [("alone", "data"), ("alone", "context")]
+PAIRS += [("router alone", "router"), ("routed alone", "routed")]
+each_pair = pytest.mark.parametrize(("one", "two"), PAIRS, ids=[pair[1] for pair in PAIRS])
+
+
+@each_pair
+def test_losses_and_gradients_are_those_of_one_process(trained: Path, one: str, two: str) -> None:
+    alone, together = log(trained / one), log(trained / two)
     assert [row["step"] for row in alone] == [row["step"] for row in together]
-    for one, two in zip(alone, together, strict=True):
+    for expected, found in zip(alone, together, strict=True):
         for column in ("loss", "gradient_norm", "held_out_loss"):
-            assert bool(one[column]) == bool(two[column])
-            if one[column]:
-                assert float(one[column]) == pytest.approx(float(two[column]), rel=1e-3)
+            assert bool(expected[column]) == bool(found[column])
+            if expected[column]:
+                assert float(expected[column]) == pytest.approx(float(found[column]), rel=1e-3)
 
 
-@pytest.mark.parametrize("shared", ["data", "context"])
-def test_the_model_is_whole(trained: Path, shared: str) -> None:
+@each_pair
+def test_the_model_is_whole(trained: Path, one: str, two: str) -> None:
     file = "model/transformer/diffusion_pytorch_model.safetensors"
-    alone, together = load_file(trained / "alone" / file), load_file(trained / shared / file)
+    alone, together = (load_file(trained / name / file) for name in (one, two))
     assert alone.keys() == together.keys()
     for name, value in alone.items():
         assert value.shape == together[name].shape

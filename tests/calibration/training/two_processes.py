@@ -1,6 +1,6 @@
-"""Run by torchrun: jobs on two processes, once sharing each batch and once sharing each clip.
+"""Run by torchrun: jobs on two processes, sharing each batch, or each clip.
 
-The first is also resumed, so that its last step is made from a checkpoint of two processes.
+The first is resumed, so that its last step is made from a checkpoint of two processes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
 from turbo_opt.calibration.sla.run import train_sla
+from turbo_opt.calibration.sla2.run import train_router
+from turbo_opt.calibration.sla2.schema import RouterJob
 from turbo_opt.calibration.training.world import start_world
 
 
@@ -24,6 +26,11 @@ def main(home: Path, out: Path) -> None:
         data = dataclasses.replace(context, context_size=1, context_group=None)
         for name, world in (("data", data), ("context", context)):
             train_sla(job, out / name, world, progress=quiet)
+        train_router(
+            load_job(home / "router.yaml", RouterJob), out / "router", data, progress=quiet
+        )
+        routed = load_job(home / "routed.yaml", SLAJob)
+        train_sla(routed, out / "routed", context, progress=quiet)
         # Stopped after the third step, and gone on.
         if data.is_main:
             (out / "data" / "checkpoints" / "latest").write_text("step-000003\n")

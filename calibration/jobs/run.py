@@ -1,0 +1,176 @@
+"""What every training job does around its objective: check, begin, train, report, export."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+import torch
+from torch import Tensor
+
+from turbo_opt.calibration.components import Preview, check_draws
+from turbo_opt.calibration.data.batches import split
+from turbo_opt.calibration.data.samples import SampleSet
+from turbo_opt.calibration.export import export_model
+from turbo_opt.calibration.fits import check_fits, check_shares
+from turbo_opt.calibration.jobs.load import AnyJob
+from turbo_opt.calibration.networks import DenoiserFolder, check_same_architecture, open_denoiser
+from turbo_opt.calibration.places import MODEL, REPORT, SAMPLES, Progress, Report, begin_job
+from turbo_opt.calibration.training.logs import check_tensorboard
+from turbo_opt.calibration.training.loop import Trainer, micro_batch
+from turbo_opt.calibration.training.objective import Objective
+from turbo_opt.calibration.training.world import World
+from turbo_opt.ir.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Parts(Generic[AnyJob]):
+    """A job with what it names, found and fitting; no weight is read.
+
+    Attributes:
+        start: where the student's weights begin: the teacher's folder, or an earlier student's.
+    """
+
+    job: AnyJob
+    samples: SampleSet
+    teacher: DenoiserFolder
+    start: DenoiserFolder
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype of products."""
+        dtype: torch.dtype = getattr(torch, self.job.training.compute_dtype)
+        return dtype
+
+
+def open_parts(job: AnyJob, start: str | None = None) -> Parts[AnyJob]:
+    """Find teacher, student and samples.
+
+    Args:
+        start: the job's `student.start`.
+
+    Raises:
+        BadInput: one is missing, or they do not fit each other.
+    """
+    teacher = student = open_denoiser(job.teacher.source, job.teacher.denoiser, job.folder)
+    if start is not None:
+        student = open_denoiser(str(job.path(start)), teacher.name)
+        check_same_architecture(teacher, student)
+    samples = SampleSet.open(job.path(job.data.folder), job.data.broken_share)
+    split(samples, job.data.held_out)
+    check_fits(samples, teacher)
+    return Parts(job, samples, teacher, student)
+
+
+def begin(parts: Parts[Any], out: Path, world: World, *, resume: bool) -> None:
+    """Make the job's folder. All processes call.
+
+    Raises:
+        BadInput: something else lies there, or a job that is not to be resumed.
+    """
+    if world.is_main:
+        begin_job(out, parts.job, resume)
+    world.wait()
+
+
+def train(
+    parts: Parts[Any],
+    out: Path,
+    world: World,
+    build: Callable[[], Objective],
+    *,
+    resume: bool,
+    progress: Progress,
+    schedule: Schedule | None = None,
+    adjust: Callable[[Trainer], None] = lambda trainer: None,
+    weights: Callable[[Objective], Mapping[str, Tensor]] | None = None,
+    declared: Mapping[str, str] | None = None,
+) -> Report:
+    """Train what `build` makes and write `out/model`. All processes call.
+
+    Args:
+        build: makes the objective, once everything else is checked.
+        schedule: the steps of the clips that are drawn; None for those of the teacher's sampler.
+        adjust: told of the trainer before it starts or resumes.
+        weights: the parameters of the model that is written; None: those of the shipped network.
+        declared: what the model's files say besides, for passes that ask.
+
+    Raises:
+        BadInput: the job does not fit the processes; nothing was written.
+        TurboOptError: the loss or a gradient is not finite.
+    """
+    job = parts.job
+    micro_batch(job, world)
+    check_shares(parts.samples, parts.teacher, world)
+    check_tensorboard(job.log.tensorboard)
+    if job.samples is not None:
+        check_draws(parts.teacher)
+    begin(parts, out, world, resume=resume)
+    started = time.monotonic()
+    objective = build()
+    draw = preview(parts, out, world, schedule)
+    trainer = Trainer(job, out, objective, parts.samples, world, draw)
+    adjust(trainer)
+    if resume:
+        trainer.resume()
+    first = trainer.step
+    before, after = trainer.run(lambda done, total, note: progress("train", done, total, note))
+    with trainer.shipped.averaged(job.export.average):
+        report = {
+            "job": job.job,
+            "model": str(out / MODEL),
+            "steps": trainer.step,
+            "first_step": first,
+            "seconds": time.monotonic() - started,
+            "before": before,
+            "after": after,
+            "broken_samples": len(parts.samples.broken),
+        }
+        values = (weights or shipped_weights)(objective)
+        export(parts, values, out, report, world, declared)
+    return report
+
+
+def shipped_weights(objective: Objective) -> dict[str, Tensor]:
+    """The parameters of the network that is the result."""
+    network = objective.trained[objective.shipped]
+    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def preview(
+    parts: Parts[Any], out: Path, world: World, schedule: Schedule | None = None
+) -> Preview | None:
+    """What draws the clips of a job that asks for them."""
+    job, index = parts.job, parts.samples.index
+    if job.samples is None:
+        return None
+    return Preview(
+        parts.teacher,
+        job.samples,
+        out / SAMPLES,
+        index.latents,
+        index.text_length,
+        parts.compute,
+        world,
+        schedule,
+    )
+
+
+def export(
+    parts: Parts[Any],
+    values: Mapping[str, Tensor],
+    out: Path,
+    report: Report,
+    world: World,
+    declared: Mapping[str, str] | None = None,
+) -> None:
+    """Write the model and the report. All processes call."""
+    dtype = getattr(torch, parts.job.export.dtype)
+    record = {"job": parts.job.canonical(), "report": report}
+    export_model(parts.teacher, values, out / MODEL, dtype, record, world, declared=declared)
+    if world.is_main:
+        (out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
