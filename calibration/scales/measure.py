@@ -27,7 +27,7 @@ from turbo_opt.calibration.networks import DenoiserFolder
 from turbo_opt.calibration.scales.attention import AttentionErrors
 from turbo_opt.calibration.scales.balance import Group, balanced_groups, exponents, gain
 from turbo_opt.calibration.scales.evaluations import Evaluations, LinearHook, Measuring, Told
-from turbo_opt.calibration.scales.quantized import Form, LayerErrors, forms_of
+from turbo_opt.calibration.scales.quantized import LayerErrors, forms_of
 from turbo_opt.calibration.scales.statistics import EffectSums, ErrorSums, InputSums, rounded
 from turbo_opt.compiler.scales import (
     BalancedLayers,

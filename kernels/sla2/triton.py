@@ -188,8 +188,8 @@ def _mix_with_linear(
     batch, heads, length, head_dim = q.shape
     all_heads, (queries, keep) = batch * heads, lists.shape[2:]
     keys = block_count(length, block_k)
-    # Numerator and denominator alike, so that in float16 neither a block's state nor the sum of
-    # many leaves its range: 0 times an infinite state that is not summed would be no number.
+    # Numerator and denominator alike. With softmax's φ no block's state exceeds the largest |v|,
+    # and no sum of states D·|v|: in float16, 0 times an infinite state would be no number.
     scale = min(head_dim / (keys - keep), 1.0) / block_k
     constants = {
         "HEAD_DIM": head_dim,

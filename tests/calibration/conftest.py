@@ -32,6 +32,18 @@ save: {every: 3}
 log: {every: 1, evaluate_every: 2}
 """
 
+ROUTER_JOB = """\
+schema_version: 1
+job: router
+teacher: {source: ./teacher}
+data: {folder: samples, held_out: 2}
+router: {topk: 0.5, block_q: 64, block_k: 64}
+training: {steps: 6, batch: 2, rate: 0.02, compute_dtype: float32}
+save: {every: 3, asynchronous: false}
+log: {every: 1, evaluate_every: 6}
+export: {dtype: float32}
+"""
+
 
 def write_samples(
     folder: Path, count: int = 8, frames: int = LATENTS[1], text_dim: int = TEXT_DIM

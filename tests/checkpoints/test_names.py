@@ -62,6 +62,11 @@ def test_the_names_are_those_that_diffusers_converts(name):
             "blocks.0.self_attn.attn_op.local_attn.proj_l.weight",
             "blocks.0.attn1.proj_l.weight",
         ),
+        (
+            "blocks.0.self_attn.attn_op.local_attn.router.proj_q.weight",
+            "blocks.0.attn1.router.proj_q.weight",
+        ),
+        ("blocks.0.self_attn.attn_op.local_attn.alpha.bias", "blocks.0.attn1.alpha.bias"),
     ],
 )
 def test_names_of_the_original(original, expected):
@@ -96,5 +101,9 @@ def test_any_text_is_a_name(text):
 
 def test_projections_of_sparse_linear_attention_are_kept_aside():
     assert is_kept_aside("blocks.0.attn1.proj_l.weight")
+    assert is_kept_aside("blocks.0.attn1.router.proj_k.weight")
+    assert is_kept_aside("blocks.0.attn1.alpha.bias")
+    assert not is_kept_aside("lora_unet_blocks_0_self_attn_q.alpha")
+    assert not is_kept_aside("blocks.0.attn1.router.proj_q.bias")
     assert not is_kept_aside("blocks.0.attn1.to_q.weight")
     assert not is_kept_aside("proj_l.weights")

@@ -117,8 +117,8 @@ class DenoiserScales(_Section):
         if list(self.topk) != sorted(set(self.topk)):
             raise ValueError("topk must rise")
         for name, layer in self.attention.items():
-            for errors in (layer.errors, layer.prediction_errors):
-                if len(errors) not in (len(self.topk), 0 if errors is not layer.errors else -1):
+            for errors in (layer.errors, layer.prediction_errors or self.topk):
+                if len(errors) != len(self.topk):
                     raise ValueError(
                         f"{name} has errors of {len(errors)} topk, there are {len(self.topk)}"
                     )

@@ -206,6 +206,26 @@ def test_the_file_serves_the_passes(home: Path, command, tmp_path: Path) -> None
     assert again.exit_code == 2 and "--overwrite replaces it" in again.stderr
 
 
+def test_a_pair_of_experts_is_measured_into_one_file_in_bfloat16(
+    home: Path, tmp_path: Path
+) -> None:
+    from tests.helpers.tiny_folder import shared_folder
+
+    recipe = tmp_path / "pair.yaml"
+    text = RECIPE.replace("./teacher", str(shared_folder(2))).replace("float32", "bfloat16")
+    recipe.write_text(text)
+    amount = ("--clips", 1, "--held-out", 1, "--noise-levels", 1, "--topk", 0.5, "--probes", 1)
+    out = tmp_path / "scales.json"
+    data = ("--data", home / "samples", "--out", out, "--device", "cpu")
+    result = invoke("calibrate", "scales", recipe, *data, *amount)
+    assert result.exit_code == 0, result.stderr
+    assert "transformer_2 worst layers" in result.stdout
+    high, low = read_scales(out).denoisers.values()
+    assert high.noise_levels[0] > 0.7 > low.noise_levels[0]
+    first = "blocks.0.attn1.to_q"
+    assert high.linear[first].sqnr != low.linear[first].sqnr
+
+
 def test_without_probes_no_effect_is_measured(command, tmp_path: Path) -> None:
     out = tmp_path / "scales.json"
     amount = ("--clips", 1, "--held-out", 1, "--topk", 0.5, "--probes", 0)

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.calibration.conftest import JOB, write_samples
+from tests.calibration.conftest import JOB, ROUTER_JOB, write_samples
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
 from turbo_opt.calibration.networks import open_denoiser
@@ -26,17 +26,6 @@ from turbo_opt.errors import BadInput
 
 ALONE = World(0, 1, torch.device("cpu"))
 FILE = "transformer/diffusion_pytorch_model.safetensors"
-ROUTER_JOB = """\
-schema_version: 1
-job: router
-teacher: {source: ./teacher}
-data: {folder: samples, held_out: 2}
-router: {topk: 0.5, block_q: 64, block_k: 64}
-training: {steps: 6, batch: 2, rate: 0.02, compute_dtype: float32}
-save: {every: 3, asynchronous: false}
-log: {every: 1, evaluate_every: 6}
-export: {dtype: float32}
-"""
 SLA2_JOB = JOB.replace("sla: {", "sla: {mode: sla2, ")
 
 
@@ -137,6 +126,14 @@ def test_stage_1_brings_attention_closer_to_dense_attention(learned) -> None:
     assert after["held_out_relative_error"] < 0.85 * before["held_out_relative_error"]
     assert after["held_out_sparse_error"] < 0.95 * before["held_out_sparse_error"]
     assert after["held_out_loss"] == pytest.approx(after["held_out_relative_error"] ** 2, rel=0.1)
+
+
+def test_straight_through_choices_learn_as_well(structured: Path, tmp_path: Path) -> None:
+    settings = ("training.steps=6", "training.rate=3.0e-3", "router.choice=straight-through")
+    job = router_job(structured, *settings)
+    report = train_router(job, tmp_path / "out", ALONE, progress=quiet)
+    before, after = (report[when]["held_out_relative_error"] for when in ("before", "after"))
+    assert after < 0.95 * before
 
 
 def test_stage_2_tunes_all_but_the_router(structured: Path, learned) -> None:
@@ -247,3 +244,19 @@ def test_from_the_command_line(place: Path, tmp_path: Path) -> None:
     assert other.exit_code == 2 and "router.topk: 0.5 then, 0.25 now" in other.stderr
     resumed = invoke(*arguments, "--resume", "--json")
     assert json.loads(resumed.stdout)["first_step"] == 3
+
+
+@pytest.mark.gpu
+def test_both_stages_on_a_gpu_use_its_kernels(place: Path, tmp_path: Path) -> None:
+    from turbo_opt.kernels import clear_recorded_choices, recorded_choices
+
+    world = World(0, 1, torch.device("cuda", 0))
+    in_bfloat16 = "training.compute_dtype=bfloat16"
+    train_router(router_job(place, in_bfloat16), tmp_path / "routed", world, progress=quiet)
+    clear_recorded_choices()
+    job = sla2_job(place, tmp_path / "routed", in_bfloat16, "sla.quantized=true")
+    report = train_sla(job, tmp_path / "out", world, progress=quiet)
+    assert 0 < report["after"]["held_out_loss"] < 1
+    for name in ("block_sparse_attention", "block_sparse_attention_backward", "block_routing"):
+        assert set(recorded_choices()[name]) == {"triton"}
+    assert "reference" not in recorded_choices()["sage_sparse_attention"]

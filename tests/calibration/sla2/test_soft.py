@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turbo_opt.calibration.sla2.compare import keep_highest
+from turbo_opt.calibration.sla2.compare import keep_highest, straight_through
 from turbo_opt.calibration.sla2.soft import soft_topk
 
 
@@ -61,6 +61,16 @@ def test_saturated_rows_have_finite_gradients(scores):
     scores = scores.requires_grad_()
     (soft_topk(scores, 1, 0.1) * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     assert scores.grad.isfinite().all()
+
+
+def test_straight_through_has_the_value_of_the_hard_choice_and_the_derivative_of_the_soft():
+    torch.manual_seed(0)
+    scores, grad = torch.randn(2, 3, 9, requires_grad=True), torch.randn(2, 3, 9)
+    chosen = straight_through(scores, 4, 0.1)
+    assert torch.equal(chosen.detach(), keep_highest(scores.detach(), 4))
+    (mine,) = torch.autograd.grad(chosen, scores, grad)
+    (soft,) = torch.autograd.grad(soft_topk(scores, 4, 0.1), scores, grad)
+    assert torch.equal(mine, soft) and mine.any()
 
 
 def test_the_whole_budget_chooses_everything_and_learns_nothing():

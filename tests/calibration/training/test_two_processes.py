@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.calibration.conftest import JOB
+from tests.calibration.conftest import JOB, ROUTER_JOB
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
 from turbo_opt.calibration.sla.run import train_sla
@@ -29,15 +29,6 @@ def log(folder: Path) -> list[dict[str, str]]:
 
 
 ALONE = World(0, 1, torch.device("cpu"))
-ROUTER_JOB = """\
-schema_version: 1
-job: router
-teacher: {source: ./teacher}
-data: {folder: samples, held_out: 2}
-router: {topk: 0.5, block_q: 64, block_k: 64}
-training: {steps: 4, batch: 2, compute_dtype: float32}
-log: {every: 1, evaluate_every: 2}
-"""
 
 
 def quiet(*told: object) -> None:
