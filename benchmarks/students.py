@@ -33,6 +33,7 @@ from benchmarks.clip_features import (
     frechet_distance,
     train_classifier,
 )
+from benchmarks.compile_large import environment as cpu_environment
 from benchmarks.kernels._harness import Session
 from benchmarks.results import Record
 from turbo_opt.calibration.data.samples import padded_positions
@@ -322,14 +323,16 @@ def main(arguments: list[str] | None = None) -> int:
     add("--batch", type=int, default=256)
     add("--classifier-steps", type=int, default=400)
     add("--only", default="", help="variants whose name contains this text")
+    add("--device", choices=["cuda", "cpu"], default="cuda", help="a CPU takes minutes a row")
     add("--dry-run", action="store_true", help="on a CPU: that it runs, not what it measures")
     options = parser.parse_args(arguments)
     torch.set_float32_matmul_precision("high")
     session = Session(dry=options.dry_run)
+    on_cpu = options.dry_run or options.device == "cpu"
     started = time.monotonic()
     scorer = Scorer(
         options.students,
-        session.device,
+        torch.device("cpu") if on_cpu else session.device,
         options.captions,
         options.batch,
         options.classifier_steps,
@@ -340,7 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     done: dict[Variant, dict[str, float]] = {}
     for variant in variants(options.dry_run):
-        if options.only not in variant.name:
+        if options.only not in variant.name or (on_cpu and variant.scheme == "fp8-block"):
             continue
         scorer.student = better_student(done)
         try:
@@ -383,8 +386,9 @@ def _record(
 ) -> Record:
     scores = done[variant]
     teacher = Variant(TEACHER, 50, guided=True)
+    on_cpu = options.device == "cpu" and not options.dry_run
     return Record(
-        name=f"{session.gpu}/tiny-wan/students/{variant.name}",
+        name=f"{'cpu' if on_cpu else session.gpu}/tiny-wan/students/{variant.name}",
         value=scores["all_right"],
         unit="share of clips with all four attributes right",
         spread=0.0,
@@ -398,7 +402,7 @@ def _record(
             "captions": options.captions,
             **{f"drawn_{name}": value for name, value in scorer.drawn.items()},
         },
-        environment=session.environment,
+        environment=cpu_environment() if on_cpu else session.environment,
         commit=results.current_commit(),
         date=results.today(),
     )

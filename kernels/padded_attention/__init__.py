@@ -4,7 +4,8 @@
     where k[t] = k[start] and v[t] = v[start] for every t ≥ start
 
 n equal keys add n·exp(s) to the sum of a softmax, as one key of score s + ln n does. Text encoders
-pad with one embedding, and 512 positions of which 100 are words cost no more than 101.
+pad with one embedding, and 512 positions of which 100 are words cost no more than 101. The last key
+stands for all: where 128 tokens share an 8-bit scale, it shares one with padding alone.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def padded_attention(
 
     Args:
         q: (B, H, L, D) in bfloat16, float16 or float32; any strides.
-        k, v: (B, H, T, D) in q's dtype, T ≥ 1; any strides. Tokens after `start` are not read.
+        k, v: (B, H, T, D) in q's dtype, T ≥ 1; any strides. Of the tokens from `start` on only the
+            last is read.
         start: (B,) int32 on the same device, 0 … T − 1: the first token that all later ones equal.
             T − 1 where none are padded: then this is attention as usual.
         scale: what q·kᵀ is multiplied by; None: 1/√D.

@@ -31,8 +31,10 @@ def padded_attention_into(
     first_B1 = start.to(torch.int64)[:, None]
     token_T = torch.arange(keys, device=q.device)
     copies_B1 = (keys - first_B1).float()
-    added_BT = torch.where(token_T == first_B1, copies_B1.log(), 0.0)
-    added_BT = torch.where(token_T > first_B1, -math.inf, added_BT)[:, None, None]
+    # The last token stands for all from `start` on.
+    last = token_T == keys - 1
+    added_BT = torch.where(last, copies_B1.log(), 0.0)
+    added_BT = torch.where((token_T >= first_B1) & ~last, -math.inf, added_BT)[:, None, None]
     k32, v32 = k.float(), v.float()
     for first in range(0, q.shape[2], QUERIES_AT_ONCE):
         some = slice(first, first + QUERIES_AT_ONCE)

@@ -18,6 +18,7 @@ RECORD = {
         "seconds_per_clip_after": 4.8,
         "speed_up": 2.5,
         "psnr_db": 41.234,
+        "evaluations": {"before": 100, "after": 4},
         "detected": {
             "before": {"colour": True, "shape": True},
             "after": {"colour": True, "shape": False},
@@ -41,6 +42,7 @@ def test_entries_of_a_report_have_units_and_name_before_and_after():
     }
     rows = [tuple(row.values()) for row in entries["comparison"]]
     assert rows == [
+        ("network evaluations", "100", "4", "25× fewer"),
         ("time per clip", "12.00 s", "4.80 s", "2.50× as fast"),
         ("weights", "4.00 KiB", "1.00 KiB", "25% of the bytes"),
         ("shows what the prompt asks (colour, shape)", "2 of 2", "1 of 2, not shape", ""),
@@ -60,7 +62,15 @@ def test_only_a_measurement_on_a_cpu_warns_that_it_says_nothing_about_a_gpu():
 def test_a_prompt_that_tiny_wan_was_not_taught_has_no_row():
     detected = {"before": None, "after": None}
     record = {**RECORD, "metrics": {**RECORD["metrics"], "detected": detected}}
-    assert len(report_entries(record)["comparison"]) == 2
+    assert len(report_entries(record)["comparison"]) == 3
+
+
+def test_only_as_many_steps_are_said_to_be_the_same():
+    assert "sampling steps" not in report_entries(RECORD)["notes"][0]
+    same = {"before": 50, "after": 50}
+    record = {**RECORD, "metrics": {**RECORD["metrics"], "evaluations": same}}
+    assert "sampling steps" in report_entries(record)["notes"][0]
+    assert report_entries(record)["comparison"][0]["change"] == ""
 
 
 def test_equal_clips_are_identical_and_others_have_decibels():

@@ -16,6 +16,7 @@ SHIPPED = [info.name for info in list_recipes() if info.kind == "shipped"]
 SPARSE = {name for name in SHIPPED if name.endswith("-sparse")}
 ATTENTION_PASSES = {"sparse": "sparse-attention", "sage": "sage-attention"}
 VARIATIONS = {name for name in SHIPPED if name.rpartition("-")[2] in ATTENTION_PASSES}
+TURBO = {name for name in SHIPPED if name.endswith("-turbo")}
 MODELS = {name.partition("/")[0] for name in SHIPPED}
 
 
@@ -23,7 +24,17 @@ def test_every_model_has_a_recipe_for_every_machine():
     assert len(MODELS) == 11
     machines = ("cpu", "h200", "rtx4090", "rtx5090")
     dense = {f"{model}/{machine}" for model in MODELS for machine in machines}
-    assert dense == set(SHIPPED) - VARIATIONS
+    assert dense == set(SHIPPED) - VARIATIONS - TURBO
+
+
+def test_a_turbo_recipe_is_the_dense_one_with_a_student_of_few_steps():
+    assert {"tiny-wan/cpu-turbo"} == TURBO
+    for name in TURBO:
+        recipe, dense = load_recipe(name), load_recipe(name.removesuffix("-turbo"))
+        (first, *rest), others = recipe.specs(), dense.specs()
+        assert first.name == "distill-steps"
+        assert rest == list(others)
+        assert recipe.target == dense.target
 
 
 def test_text_and_image_models_have_sparse_recipes_for_gpus():

@@ -48,11 +48,11 @@ def test_batch_elements_are_padded_apart_and_the_scale_is_theirs_to_choose(provi
 
 
 @pytest.mark.parametrize("provider", DTYPES)
-def test_tokens_behind_the_first_padding_are_not_read(provider, device):
+def test_the_last_token_alone_stands_for_the_padding(provider, device):
     q, k, v, starts = problem(DTYPES[provider], device, starts=[40])
     expected = run_by(provider, "padded_attention", q, k, v, starts, None)
     for x in (k, v):
-        x[:, :, 41:] = float("nan") if provider == "triton" else 7.0
+        x[:, :, 40:-1] = float("nan") if provider == "triton" else 7.0
     assert torch.equal(run_by(provider, "padded_attention", q, k, v, starts, None), expected)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from turbo_opt.embedded import embedded
 from turbo_opt.errors import BadInput
 from turbo_opt.ir.program import Components
 from turbo_opt.json_files import read_json
@@ -16,7 +16,6 @@ from turbo_opt.json_files import read_json
 DENOISER_CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
 """Diffusers classes that capture knows the inputs of."""
 _DENOISER_NAMES = ("transformer", "transformer_2")
-_EMBEDDED = {"tiny-wan": "tiny_wan"}
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
@@ -76,9 +75,9 @@ def find_source(source: str, base: Path | None = None) -> Path:
     Raises:
         BadInput: it is neither embedded, nor a folder, nor a hub id that can be had.
     """
-    if source in _EMBEDDED:
-        with resources.as_file(resources.files("turbo_opt") / "models") as models:
-            return Path(models) / _EMBEDDED[source]
+    inside = embedded(source)
+    if inside is not None and inside.is_dir():
+        return inside
     candidates = [Path(source).expanduser()]
     if base is not None:
         candidates.append(base / source)

@@ -1,4 +1,4 @@
-"""Where the weights that a pass names are: an entry of the recipe, a path, or the hub.
+"""Where the weights that a pass names are: an entry of the recipe, the package, a path, or the hub.
 
 A source stands for one network, or, as a diffusers pipeline folder, for one of each name.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from turbo_opt.checkpoints.folder import Shard, holds_weights, shards
+from turbo_opt.embedded import embedded
 from turbo_opt.errors import BadInput, nearest, unknown
 from turbo_opt.ir.torch_files import SUFFIXES
 
@@ -127,6 +128,9 @@ def _of_network(place: Path, name: str, denoisers: Sequence[str], ref: str) -> P
 
 def _find(source: str, checkpoints: Mapping[str, str]) -> Path:
     place = checkpoints.get(source, source)
+    inside = embedded(place)
+    if inside is not None:
+        return inside
     # Not resolved: files of the hub's cache are links, and only the link's name tells the format.
     path = Path(place).expanduser().absolute()
     if path.exists():

@@ -92,7 +92,15 @@ def report_entries(record: Mapping[str, Any]) -> dict[str, Any]:
     before, after = metrics["seconds_per_clip_before"], metrics["seconds_per_clip_after"]
     bytes_before, bytes_after = totals["weight_bytes_before"], totals["weight_bytes_after"]
     speed = f"{metrics['speed_up']:.2f}×"
+    evaluations = metrics["evaluations"]
+    fewer = evaluations["before"] / evaluations["after"]
     rows = [
+        (
+            "network evaluations",
+            str(evaluations["before"]),
+            str(evaluations["after"]),
+            f"{fewer:.3g}× fewer" if fewer > 1 else "",
+        ),
         ("time per clip", seconds(before), seconds(after), f"{speed} as fast"),
         (
             "weights",
@@ -105,7 +113,8 @@ def report_entries(record: Mapping[str, Any]) -> dict[str, Any]:
     if detected["before"] is not None:
         asked = f"shows what the prompt asks ({', '.join(detected['before'])})"
         rows.append((asked, _kept(detected["before"]), _kept(detected["after"]), ""))
-    notes = ["Both clips have the same prompt, first noise and sampling steps."]
+    steps = "; fewer steps draw another clip" if fewer > 1 else " and sampling steps"
+    notes = [f"Both clips have the same prompt and first noise{steps}."]
     if record["device"] == "cpu":
         notes.append(
             "Measured on a CPU, where operators without a CPU kernel run as their reference "

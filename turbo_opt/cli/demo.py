@@ -58,11 +58,12 @@ def demo(
     """
     from turbo_opt.cli.places import check_artifact_place, plain_place
     from turbo_opt.cli.progress import Board
-    from turbo_opt.cli.selection import checked_pipeline, select_recipe, tiny_recipe_for
+    from turbo_opt.cli.selection import checked_pipeline, demo_recipe_for, select_recipe
 
     out = plain_place(out)
     device = resolve_device(device)
-    chosen = select_recipe(recipe or tiny_recipe_for(device))
+    recipe = recipe or demo_recipe_for(device)
+    chosen = select_recipe(recipe)
     pipeline = checked_pipeline(chosen)
     _check_folder(out)
 
@@ -82,12 +83,14 @@ def demo(
             before = unoptimized(compiled, after)
             warm_up([before, after])
         clips, seconds = {}, {}
-        for name, model in (("before", before), ("after", after)):
+        models = {"before": before, "after": after}
+        for name, model in models.items():
             clips[name], seconds[name] = _generate(board, name, model, prompt, seed)
     metrics = compare(clips, seconds, prompt)
+    metrics["evaluations"] = {name: model.schedule.evaluations for name, model in models.items()}
     record = {
         **compiled.to_json(),
-        "recipe": recipe or tiny_recipe_for(device),
+        "recipe": recipe,
         "device": device,
         "machine": machine(device),
         "prompt": prompt,
@@ -170,9 +173,11 @@ def _show(session: Session, out: Path, record: dict[str, Any]) -> None:
     from turbo_opt.cli.tables import decibels, near_miss_lines, pairs, pass_table, seconds, size
 
     metrics, totals = record["metrics"], record["totals"]
+    evaluations = metrics["evaluations"]
     before, after = (metrics[f"seconds_per_clip_{name}"] for name in ("before", "after"))
     values = {
         "weights": f"{size(totals['weight_bytes_before'])} → {size(totals['weight_bytes_after'])}",
+        "network evaluations": f"{evaluations['before']} → {evaluations['after']}",
         "seconds per clip": f"{seconds(before)} → {seconds(after)}, {metrics['speed_up']:.2f}×",
         "PSNR between the clips": psnr_text(metrics["psnr_db"]),
         **{

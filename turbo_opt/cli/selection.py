@@ -94,6 +94,16 @@ def checked_pipeline(recipe: Recipe) -> list[PlannedPass]:
     )
 
 
+def demo_recipe_for(device: str) -> str:
+    """The recipe that the demo shows: with the students of tiny-wan where there is one for this
+    machine, else `tiny_recipe_for`."""
+    from turbo_opt.config.lookup import list_recipes
+
+    name = tiny_recipe_for(device)
+    turbo = f"{name}-turbo"
+    return turbo if any(info.name == turbo for info in list_recipes()) else name
+
+
 def tiny_recipe_for(device: str) -> str:
     """The recipe of tiny-wan for the detected machine, or for a CPU.
 

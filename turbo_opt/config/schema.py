@@ -24,6 +24,7 @@ from pydantic import (
 from turbo_opt.compiler.base import Numerics
 from turbo_opt.compiler.pipeline import PassSpec
 from turbo_opt.config.explain import format_path
+from turbo_opt.embedded import embedded
 from turbo_opt.errors import BadInput
 from turbo_opt.targets import get_target
 
@@ -258,14 +259,16 @@ class Recipe(_Section):
         return written or (Path(source) if Path(source).is_dir() else None)
 
     def checkpoints(self) -> dict[str, str]:
-        """`weights` with every path made absolute; hub ids stay as they are.
+        """`weights` with every path made absolute; hub ids, and names of what lies inside the
+        package, stay as they are.
 
         What is a path is told as for `model_folder`, but that files count too.
         """
         found = {}
         for name, source in self.weights.items():
             path = self._as_path(source, format_path(("weights", name)))
-            path = path or (Path(source) if Path(source).exists() else None)
+            if path is None and embedded(source) is None and Path(source).exists():
+                path = Path(source)
             found[name] = source if path is None else str(path.absolute())
         return found
 

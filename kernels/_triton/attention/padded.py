@@ -28,7 +28,7 @@ def attend_padded(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    """A program has ROWS queries of one head, and goes over the keys up to the first padding."""
+    """A program has ROWS queries of one head, and goes over the keys before the padding and one."""
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, HEAD_DIM)
@@ -47,8 +47,9 @@ def attend_padded(
     for first in range(0, padding + 1, KEYS):
         key = first + tl.arange(0, KEYS)
         present = key <= padding
+        token = tl.where(key == padding, keys - 1, key)
         k_tile = tl.load(
-            k + key[None, :] * k_token + channel[:, None], mask=present[None, :], other=0.0
+            k + token[None, :] * k_token + channel[:, None], mask=present[None, :], other=0.0
         )
         scores = tl.dot(q_tile, k_tile) * scale
         scores += tl.where(key == padding, added, tl.where(present, 0.0, -float("inf")))[None, :]
@@ -57,7 +58,7 @@ def attend_padded(
         shrink = tl.math.exp2(largest - higher)
         total = total * shrink + tl.sum(p, axis=1)
         v_tile = tl.load(
-            v + key[:, None] * v_token + channel[None, :], mask=present[:, None], other=0.0
+            v + token[:, None] * v_token + channel[None, :], mask=present[:, None], other=0.0
         )
         sums = sums * shrink[:, None] + tl.dot(p.to(v_tile.dtype), v_tile)
         largest = higher
