@@ -397,7 +397,7 @@ def _record(
         quality={name: value for name, value in scores.items() if name != "all_right"},
         config={
             **asdict(variant),
-            "student": scorer.student,
+            **({"student": scorer.student} if variant.weights in (STUDENT, MERGED) else {}),
             "evaluations": variant.evaluations,
             "captions": options.captions,
             **{f"drawn_{name}": value for name, value in scorer.drawn.items()},

@@ -203,6 +203,11 @@ def _measured_sqnr(
     """Layer → scheme → dB, of the layer as it is in the program."""
     found: dict[str, Mapping[str, float]] = {}
     of_groups = {name: group for group in measured.balance for name in group.layers}
+    for name in sorted(divided - of_groups.keys()):
+        raise BadInput(
+            f"the scales say nothing of {name} with its channels divided, as balance-channels has "
+            "done; give both passes one file"
+        )
     for name, layer in measured.linear.items():
         part = of_groups[name] if name in divided else None
         if judged_by == "output":

@@ -55,7 +55,7 @@ _ROW_BY_ROW = frozenset(
         ops.rms_norm.default,
     }
 )
-"""Of the last axis alone: equal rows of their first operand stay equal."""
+"""Equal rows of their first operand stay equal, if a norm is of the last axis alone."""
 _OF_A_STEP = ("hidden_states", "timestep")
 
 
@@ -112,9 +112,16 @@ def _embeddings(heads: Node) -> Node | None:
     if named_args(split)["dim"] not in (2, -1):
         return None
     node: Any = split
-    while node.op == "call_function" and (node is split or node.target in _ROW_BY_ROW):
+    while node is split or _is_row_by_row(node):
         node = node.args[0]
     return node if tensor_of(node).ndim == 3 else None
+
+
+def _is_row_by_row(node: Node) -> bool:
+    """Whether rows of the first operand stay apart, and equal ones equal."""
+    if node.op != "call_function" or node.target not in _ROW_BY_ROW:
+        return False
+    return len(named_args(node).get("normalized_shape", [-1])) == 1  # a norm may take more axes
 
 
 def _changes_at_a_step(node: Node, denoiser: Denoiser) -> bool:

@@ -242,7 +242,7 @@ def _read_index(path: Path) -> SampleIndex:
         raise BadInput(f"{path}: has no {INDEX}; turbo-opt calibrate data makes such a folder")
     try:
         index = SampleIndex.model_validate(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = str(error)
         if isinstance(error, ValidationError):
             first = error.errors(include_url=False)[0]

@@ -23,6 +23,7 @@ from turbo_opt.calibration.sla.student import (
     self_attentions,
     set_attention,
 )
+from turbo_opt.errors import TurboOptError
 from turbo_opt.kernels import sla
 
 Told = Callable[[str, int, int], None]
@@ -76,7 +77,11 @@ class Step:
     _run: Callable[[Tensor, Tensor, Tensor], Tensor]
 
     def run(self) -> Tensor:
-        """The prediction."""
+        """The prediction.
+
+        Raises:
+            TurboOptError: it is not finite.
+        """
         return self._run(self._input(), self._time, self._batch.prompt_embeds)
 
     def probe(self, number: int) -> Tensor:
@@ -116,7 +121,7 @@ class Evaluations:
         whole: bool | None,
     ) -> None:
         self.measuring, self.device = measuring, device
-        self._samples, self._progress = samples, progress
+        self._name, self._samples, self._progress = folder.name, samples, progress
         first, self._held_out = split(samples, measuring.held_out)
         self._clips = first[: measuring.clips]
         even = (torch.arange(measuring.noise_levels) + 0.5) / measuring.noise_levels
@@ -198,7 +203,13 @@ class Evaluations:
 
     def _run(self, x: Tensor, t: Tensor, prompt_embeds: Tensor) -> Tensor:
         with autocast(self.device, self.measuring.compute):
-            return self._denoiser(x, t, prompt_embeds)
+            prediction = self._denoiser(x, t, prompt_embeds)
+        if not prediction.isfinite().all():
+            raise TurboOptError(
+                f"{self._name}: its prediction at noise level {float(t[0]):.3g} is not finite, so "
+                "nothing can be measured; look for such values in its weights"
+            )
+        return prediction
 
 
 def look_away(name: str, layer: nn.Linear, x: Tensor, y: Tensor) -> None:

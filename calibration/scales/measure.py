@@ -54,6 +54,7 @@ def measure_denoiser(
 
     Raises:
         BadInput: too few samples, or a weight is missing.
+        TurboOptError: a prediction is not finite.
     """
     evaluations = Evaluations(folder, samples, levels, measuring, device, progress, whole)
     inputs = _observe(evaluations)

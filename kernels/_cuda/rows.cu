@@ -48,8 +48,8 @@ DEVICE void stay_packed(Chunk (&kept)[ROWS][CHUNKS]) {
 }
 
 // 1 / √(variance + eps) of each row, and −mean times that; without CENTERED the mean is taken as 0.
-// One pass: squares are summed about the pivot, a value of the row, so that a mean that is large
-// beside the deviation costs no digits.
+// One pass: squares are summed about the pivot, a value of the row, so that neither a mean nor an
+// outlier that is large beside the deviation costs more digits than the row's length.
 DEVICE void measure(const Chunk (&kept)[ROWS][CHUNKS], const float (&pivots)[ROWS], float eps,
                     float (&rstd)[ROWS], float (&offset)[ROWS]) {
     float sums[2 * ROWS] = {};
@@ -135,6 +135,9 @@ DEVICE void load_parameter(const Parameter *at, float (&values)[8]) {
 }
 #endif
 
+DEVICE float value_at(const u16 *at) { return __uint_as_float((u32)*at << 16); }
+DEVICE float value_at(const float *at) { return *at; }
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) process_rows(
     const u16 *__restrict__ x,           // (B, L, C), strides (x_batch, x_row, 1)
     const u16 *__restrict__ branch,      // as x, or null
@@ -157,20 +160,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) process_rows(
     const bool last_is_whole = token + ROWS <= length;
     x += batch * x_batch + token * x_row;
     Chunk kept[ROWS][CHUNKS];
-    float pivots[ROWS];  // near a row's mean
+    float pivots[ROWS];  // the first value of a row, the branch included
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         const u16 *from = r == 0 || last_is_whole ? x + r * x_row : x;
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++)
             kept[r][c] = *(const Chunk *)(from + STRIDE * c + 8 * lane);
-        pivots[r] = CENTERED ? __uint_as_float((u32)*from << 16) : 0.0f;
+        pivots[r] = CENTERED ? value_at(from) : 0.0f;
     }
 #if BRANCH
-    branch += batch * branch_batch + token * branch_row + 8 * lane;
+    branch += batch * branch_batch + token * branch_row;
 #if GATE
-    gate += batch * gate_batch + token * gate_row + 8 * lane;
+    gate += batch * gate_batch + token * gate_row;
+    if (CENTERED) pivots[0] = fmaf(value_at(branch), value_at(gate), pivots[0]);
+    gate += 8 * lane;
+#else
+    if (CENTERED) pivots[0] += value_at(branch);
 #endif
+    branch += 8 * lane;
     stream += ((long long)batch * length + token) * CHANNELS + 8 * lane;
     Chunk added[CHUNKS];
 #pragma unroll

@@ -83,6 +83,7 @@ def balance(exponents, layer=LAYER):
         (balance([99] * 256), "less than or equal to 16"),
         (balance([], "blocks.9.attn1.to_q"), "of which nothing else is said"),
         (lambda data: network(data).update(topk=[0.5, 0.25, 1.0]), "topk must rise"),
+        (lambda data: network(data).update(topk=[]), "topk: .*at least 1 item"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_with_its_key(program, tmp_path, change, message):

@@ -184,6 +184,18 @@ class ResidualQuantizedNormTests:
         assert scale.isfinite().all() and (scale > 0).all()
         assert (stream[0, 64:] == 0).all()
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("provider", ["cuda", "triton"])
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_an_outlier_that_the_branch_cancels_costs_no_digits(self, provider, gated, device):
+        x, y = torch.randn(2, 1, 65, 1536, device=device, dtype=torch.bfloat16)
+        x[..., 0], y[..., 0] = 3e4, -3e4
+        gate = torch.ones(1, 1, 1536, device=device) if gated else None
+        args = (x, y, gate, *self.norm.usual(x), EPS, "fp8-block")
+        skip_unless_served(self.name, provider, *args)
+        result = run_by(provider, self.name, *args)
+        self.assert_both_results(result, x, y, gate, args[3:-2], "fp8-block")
+
     @pytest.mark.parametrize("provider", PROVIDERS)
     @pytest.mark.parametrize("scheme", SCHEMES)
     def test_no_tokens_give_no_tokens(self, provider, scheme, device):

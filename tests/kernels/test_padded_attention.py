@@ -57,6 +57,14 @@ def test_the_last_token_alone_stands_for_the_padding(provider, device):
 
 
 @pytest.mark.parametrize("provider", DTYPES)
+def test_one_start_may_be_expanded_to_a_batch(provider, device):
+    q, k, v, starts = problem(DTYPES[provider], device, starts=[40, 40, 40])
+    expected = run_by(provider, "padded_attention", q, k, v, starts, None)
+    one = torch.tensor([[40, 0]], dtype=torch.int32, device=device)[:, 0].expand(3)
+    assert torch.equal(run_by(provider, "padded_attention", q, k, v, one, None), expected)
+
+
+@pytest.mark.parametrize("provider", DTYPES)
 def test_one_query_and_one_key(provider, device):
     q, k, v, starts = problem(DTYPES[provider], device, starts=[0], keys=1, queries=1)
     result = run_by(provider, "padded_attention", q, k, v, starts, None)

@@ -122,6 +122,14 @@ def test_fused_passes_still_fire_and_numbers_of_divided_layers_count(optimize, b
     assert len(calls_of(without, "turbo_opt.adaln_quantize")) == 3
 
 
+def test_a_file_that_does_not_know_the_divided_layers_is_refused(optimize, balance, tmp_path):
+    before = captured_program(T2V)
+    other = write_scales_of(before, tmp_path / "other.json")
+    text = balance(before, group(FFN)) + f',quantize-linear{{scales="{other}" min_sqnr=30}}'
+    with pytest.raises(BadInput, match=f"nothing of {FFN[0]} with its channels divided"):
+        optimize(before, text, "off")
+
+
 @pytest.mark.parametrize(
     "later",
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import gelu, linear, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_product_attention
 
 from tests.helpers.variants import VARIANTS, captured_program, compiled, random_inputs
 from tests.passes.graphs import calls_of, ops_of, program_of, reasons_of
@@ -70,6 +70,15 @@ def test_the_start_is_found_once_in_the_embeddings_themselves(optimize):
     assert node is user_inputs(denoiser.exported)[1]
 
 
+def behind_of(start):
+    """The operators between a start and the prompt."""
+    found = []
+    while start.op != "placeholder":
+        found.append(str(start.target))
+        start = start.all_input_nodes[0]
+    return found
+
+
 def from_two_sources(x, prompt, wq, we, wk, wv, gain):
     return scaled_dot_product_attention(
         heads(x, wq), heads(linear(prompt, we), wk), heads(linear(prompt.flip(1), we), wv)
@@ -100,11 +109,18 @@ def test_a_near_miss_says_why(optimize, net, reason):
 def test_what_mixes_rows_is_searched_for_padding_behind_it(optimize):
     after = optimize(program_of(mixing_rows, X, PROMPT, **W), "canonicalize,merge-padding")
     (call,) = calls_of(after, PADDED)
-    node, behind = call.args[3], []
-    while node.op != "placeholder":
-        behind.append(str(node.target))
-        node = node.all_input_nodes[0]
-    assert "aten.linear.default" in behind  # the mixed rows, not the prompt before
+    assert "aten.linear.default" in behind_of(call.args[3])  # the mixed rows, not the prompt
+
+
+def normalized_over_rows(x, prompt, wq, we, wk, wv, gain):
+    normal = layer_norm(linear(prompt, we), (40, 32))
+    return scaled_dot_product_attention(heads(x, wq), heads(normal, wk), heads(normal, wv))
+
+
+def test_a_norm_over_rows_mixes_them(optimize):
+    after = optimize(program_of(normalized_over_rows, X, PROMPT, **W), "canonicalize,merge-padding")
+    (call,) = calls_of(after, PADDED)
+    assert "aten.layer_norm.default" in behind_of(call.args[3])
 
 
 def test_quantized_layers_hide_the_prompt(optimize):

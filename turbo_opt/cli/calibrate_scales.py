@@ -136,7 +136,6 @@ def scales(
             where,
             progress,
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_scales(found, out)
     _show(session, found, out)
 

@@ -21,6 +21,7 @@ from turbo_opt.config.explain import explain, format_path
 from turbo_opt.errors import BadInput, nearest
 from turbo_opt.ir.program import Denoiser, Program
 from turbo_opt.json_files import read_json
+from turbo_opt.kernels.whole_file import write_whole
 
 FORMAT = 1
 LARGEST_EXPONENT = 16
@@ -104,7 +105,7 @@ class DenoiserScales(_Section):
 
     architecture: dict[str, Any] = Field(description="its class and config")
     noise_levels: ByLevel
-    topk: tuple[Share, ...] = Field(strict=False, description="in rising order")
+    topk: tuple[Share, ...] = Field(strict=False, min_length=1, description="in rising order")
     block_q: int
     block_k: int
     linear: dict[str, LinearScales]
@@ -232,9 +233,7 @@ def read_scales(path: Path) -> Scales:
 
 def write_scales(scales: Scales, path: Path) -> None:
     """Write the file whole, in place of an older one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(scales.model_dump_json() + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, scales.model_dump_json() + "\n")
 
 
 def measured_scales(

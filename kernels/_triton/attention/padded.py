@@ -96,7 +96,7 @@ def attend_to_padded(
     batch, heads, length, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
     attend_padded[(triton.cdiv(length, ROWS), batch * heads)](
-        q, k, v, start, o, o_scale,
+        q, k, v, start.contiguous(), o, o_scale,
         length, k.shape[2], heads, batch, math.log2(math.e) * scale,
         *(stride for x in (q, k, v, o) for stride in x.stride()[:3]),
         HEAD_DIM=head_dim, ROWS=ROWS, KEYS=KEYS,

@@ -14,11 +14,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from turbo_opt.calibration.data.samples import SampleSet
 from turbo_opt.calibration.flow import NoiseLevels
 from turbo_opt.calibration.networks import DenoiserFolder, open_denoiser
+from turbo_opt.calibration.scales import measure
 from turbo_opt.calibration.scales.evaluations import Evaluations, Measuring
 from turbo_opt.calibration.scales.measure import measure_denoiser
 from turbo_opt.calibration.scales.run import noise_range
 from turbo_opt.cli.main import cli
 from turbo_opt.compiler.scales import DenoiserScales, read_scales
+from turbo_opt.errors import TurboOptError
 from turbo_opt.kernels import (
     dequantize_activation,
     dequantize_weight,
@@ -234,6 +236,16 @@ def test_without_probes_no_effect_is_measured(command, tmp_path: Path) -> None:
     scales = read_scales(out).denoisers["transformer"]
     assert not any(layer.prediction_sqnr for layer in scales.linear.values())
     assert not any(layer.prediction_errors for layer in scales.attention.values())
+
+
+def test_a_model_with_values_that_are_not_finite_is_named(
+    folder: DenoiserFolder, samples: SampleSet, monkeypatch
+) -> None:
+    evaluations = Evaluations(folder, samples, LEVELS, MEASURING, CPU, lambda *told: None, True)
+    evaluations.network.get_submodule(FFN).weight[0, 0] = float("nan")
+    monkeypatch.setattr(measure, "Evaluations", lambda *_: evaluations)
+    with pytest.raises(TurboOptError, match=r"^transformer: its prediction at noise .* not finite"):
+        measure_denoiser(folder, samples, LEVELS, MEASURING, CPU)
 
 
 @pytest.mark.parametrize(
