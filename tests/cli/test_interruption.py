@@ -70,6 +70,8 @@ def test_a_stopped_run_says_so_and_keeps_only_what_can_be_resumed(
 
     monkeypatch.setattr("turbo_opt.artifact.save.write_shard", stopped)
     flags = ["--resume"] if resume else []
+    # What a shell starts in the background ignores interrupts, these tests too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     result = invoke("run", recipe, "--out", "out", "--no-verify", *flags)
     assert result.exit_code == code
     assert f"error: {word}; " in result.stderr
