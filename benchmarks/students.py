@@ -37,7 +37,7 @@ from benchmarks.compile_large import environment as cpu_environment
 from benchmarks.kernels._harness import Session
 from benchmarks.results import Record
 from turbo_opt.calibration.data.samples import padded_positions
-from turbo_opt.calibration.flow import Sampled
+from turbo_opt.calibration.flow import Sampled, tensor_float
 from turbo_opt.calibration.networks import build_network, open_denoiser
 from turbo_opt.calibration.sla.attention import Sparsity
 from turbo_opt.calibration.sla.closed_form import attend_densely
@@ -313,6 +313,7 @@ class Scorer:
         return float(torch.stack(apart).mean())
 
 
+@tensor_float()
 def main(arguments: list[str] | None = None) -> int:
     """Score all variants, or those whose name contains `--only`; 1 if a row failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.students")
@@ -326,7 +327,6 @@ def main(arguments: list[str] | None = None) -> int:
     add("--device", choices=["cuda", "cpu"], default="cuda", help="a CPU takes minutes a row")
     add("--dry-run", action="store_true", help="on a CPU: that it runs, not what it measures")
     options = parser.parse_args(arguments)
-    torch.set_float32_matmul_precision("high")
     session = Session(dry=options.dry_run)
     on_cpu = options.dry_run or options.device == "cpu"
     started = time.monotonic()

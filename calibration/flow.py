@@ -6,8 +6,8 @@ x_t = (1 − t)·x₀ + t·ε        the network predicts ε − x₀ from x_t a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,3 +99,14 @@ class Sampled:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Products in `dtype`; float32 changes nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16)
+
+
+@contextmanager
+def tensor_float() -> Iterator[None]:
+    """Float32 products in TF32 where a GPU has it. The setting is torch's, so it is put back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

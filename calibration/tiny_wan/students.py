@@ -24,6 +24,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from turbo_opt.calibration.flow import tensor_float
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
 from turbo_opt.calibration.places import JOB, MODEL, REPORT, Report
@@ -81,6 +82,7 @@ class StudentTraining:
         return said
 
 
+@tensor_float()
 def train_students(
     settings: StudentTraining, work: Path, out: Path, device: torch.device
 ) -> dict[str, float]:
@@ -92,7 +94,6 @@ def train_students(
         BadInput: `work` has been used already.
         ValueError: a file is too large to ship.
     """
-    torch.set_float32_matmul_precision("high")
     work, world = work.absolute(), World(0, 1, device)
     samples = work / "samples"
     with _timed("samples"):

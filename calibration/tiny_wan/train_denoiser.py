@@ -19,6 +19,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+from turbo_opt.calibration.flow import tensor_float
+
 from . import whole_clip
 from .architecture import (
     CAPTION_LENGTH,
@@ -73,6 +75,7 @@ class LatentClips:
     """(CAPTION_LENGTH,) token ids of the empty caption."""
 
 
+@tensor_float()
 def train_denoiser(
     settings: DenoiserTraining,
     budget: Budget,
@@ -85,7 +88,6 @@ def train_denoiser(
     Needs ``work/vae``, as train_vae leaves it.
     """
     torch.manual_seed(settings.seed)
-    torch.set_float32_matmul_precision("high")
     tokenizer = build_tokenizer()
     transformer = build_transformer(settings.size)
     text_encoder = build_text_encoder(len(tokenizer))

@@ -108,8 +108,10 @@ def test_students_start_from_each_other_and_the_better_tuned_one_is_kept(tmp_pat
 
 def test_a_job_that_fails_leaves_what_the_others_made(tmp_path, jobs) -> None:
     jobs["fails"].append(students.SLA)
+    precision = torch.get_float32_matmul_precision()
     with pytest.raises(TurboOptError, match="not finite"):
         students.train_students(students.StudentTraining(steps=1), tmp_path, tmp_path / "out", CPU)
+    assert torch.get_float32_matmul_precision() == precision
     with tarfile.open(tmp_path / "out" / "logs.tar") as archive:
         assert sorted(archive.getnames()) == ["consistency/log.csv", "rcm/log.csv"]
     assert (tmp_path / "out" / "rcm.safetensors").is_file()
