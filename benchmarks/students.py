@@ -68,7 +68,6 @@ from turbo_opt.runtime.sampler import sample
 
 TEACHER, CONSISTENCY, RCM, SLA, JOINT = "teacher", "consistency", "rcm", "sla", "rcm-sla"
 STUDENT, MERGED = "student", "merged"
-_STUDENTS = (CONSISTENCY, RCM, SLA, JOINT)
 _TOPK = (0.1, 0.2, 0.3)
 _FEW = (4, 2, 1)
 _GUIDANCE = 4.0
@@ -168,7 +167,7 @@ class Scorer:
         self._prompts = torch.stack([padded[text] for text in captions]).to(device)
         self._empty = padded[""].to(device)
         self._noise = starting_noise(count, seed)
-        self._weights = {name: self._load(name) for name in _STUDENTS}
+        self._weights: dict[str, dict[str, Tensor]] = {}
         self._network = build_network(
             self._folder, World(0, 1, device), add_projections, self._zero
         )
@@ -190,14 +189,17 @@ class Scorer:
     def _zero(self) -> dict[str, Tensor]:
         return zero_projections(self._folder.config)
 
-    def _load(self, name: str) -> dict[str, Tensor]:
-        found = load_file(self._students / f"{name}.safetensors")
-        return {key: value.float().to(self._device) for key, value in found.items()}
+    def _loaded(self, name: str) -> dict[str, Tensor]:
+        """The teacher's weights, or a student's, read when the first row asks for them."""
+        if name not in self._weights:
+            found = load_file(self._students / f"{name}.safetensors")
+            self._weights[name] = {k: v.float().to(self._device) for k, v in found.items()}
+        return self._weights[name]
 
     def _weights_of(self, name: str) -> dict[str, Tensor]:
         if name != MERGED:
-            return self._weights[self.student if name == STUDENT else name]
-        student, sla, base = (self._weights[each] for each in (self.student, SLA, TEACHER))
+            return self._loaded(self.student if name == STUDENT else name)
+        student, sla, base = (self._loaded(each) for each in (self.student, SLA, TEACHER))
         return {
             name: value if PROJECTION in name else student[name] + (value - base[name])
             for name, value in sla.items()
@@ -323,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--captions", type=int, default=512)
     add("--batch", type=int, default=256)
     add("--classifier-steps", type=int, default=400)
-    add("--only", default="", help="variants whose name contains this text")
+    add("--only", nargs="+", default=[""], help="variants whose name contains one of these")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="a CPU takes minutes a row")
     add("--dry-run", action="store_true", help="on a CPU: that it runs, not what it measures")
     options = parser.parse_args(arguments)
@@ -343,7 +345,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     done: dict[Variant, dict[str, float]] = {}
     for variant in variants(options.dry_run):
-        if options.only not in variant.name or (on_cpu and variant.scheme == "fp8-block"):
+        wanted = any(text in variant.name for text in options.only)
+        if not wanted or (on_cpu and variant.scheme == "fp8-block"):
             continue
         scorer.student = better_student(done)
         try:

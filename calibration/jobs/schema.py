@@ -105,6 +105,11 @@ class Training(Section):
         description="What backward finds: all activations; attention's results, the rest of each "
         "block computed again; or only each block's input.",
     )
+    compile: bool = Field(
+        False,
+        description="Run each block through torch.compile: fewer passes over memory, for a minute "
+        "at the start. Needs a C++ compiler on a CPU.",
+    )
     context_parallel: int = Field(
         1, ge=1, description="Processes that share the tokens of a clip, by heads in attention."
     )
@@ -209,6 +214,20 @@ class Student(Section):
     )
 
 
+class Companion(Section):
+    """A dense model of the teacher's architecture that the tuning's difference shall fit too."""
+
+    source: str = Field(
+        min_length=1,
+        description="A diffusers folder (relative to this file), such as the `model` of a job that "
+        "distilled, or a hub id.",
+    )
+    noise: Noise = Field(
+        default_factory=Noise,
+        description="Noise levels that it is trained at; a student of four steps has low: 0.55.",
+    )
+
+
 class Job(Section):
     """What every training job says."""
 
@@ -251,6 +270,12 @@ class SLAJob(Job):
     job: Literal["sla"] = Field(description="`sla`: tuning for sparse-linear attention.")
     student: Student = Field(default_factory=Student, description="The model that is trained.")
     sla: SparseLinear = Field(default_factory=SparseLinear, description="Its self-attention.")
+    companions: tuple[Companion, ...] = Field(
+        (),
+        strict=False,
+        description="Models that `merge-weights` will add the tuning's difference to: each takes "
+        "its turn with the teacher, step by step.",
+    )
     closed_form: ClosedForm = Field(
         default_factory=ClosedForm, description="Settings of --closed-form."
     )

@@ -21,6 +21,7 @@ from turbo_opt.calibration.sla.student import (
     make_sparse,
     set_attention,
 )
+from turbo_opt.calibration.training.compiled import compile_blocks
 from turbo_opt.calibration.training.context import share_tokens
 from turbo_opt.calibration.training.loop import Trainer
 from turbo_opt.calibration.training.memory import save_activations
@@ -89,6 +90,8 @@ def _objective(parts: Parts[RCMJob], empty_prompt: Tensor | None, world: World) 
         if group is not None:
             set_attention(network, attend_densely, group)
             share_tokens(network, group)
+        if job.training.compile:
+            compile_blocks(network)
 
     def frozen(network: nn.Module) -> None:
         share(network)

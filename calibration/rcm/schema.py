@@ -148,6 +148,8 @@ class RCMJob(Job):
             reason = "sparse attention has no forward-mode derivative"
         elif self.rcm.forward.needs_jvp and self.training.context_parallel > 1:
             reason = "heads are exchanged by training.context_parallel without its derivative"
+        elif self.rcm.forward.needs_jvp and self.training.compile:
+            reason = "blocks compiled by training.compile have no forward-mode derivative"
         if reason:
             raise ValueError(f"{reason}: set rcm.forward.tangent to 'difference'")
         if self.rcm.reverse is not None and self.rcm.warm_up >= self.training.steps:

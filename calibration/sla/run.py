@@ -12,7 +12,13 @@ from turbo_opt.calibration.data.batches import Batches, split
 from turbo_opt.calibration.flow import Denoiser, NoiseLevels, autocast
 from turbo_opt.calibration.jobs.run import Parts, begin, export, open_parts, shipped_weights, train
 from turbo_opt.calibration.jobs.schema import SLAJob
-from turbo_opt.calibration.networks import build_network, set_parameter
+from turbo_opt.calibration.networks import (
+    DenoiserFolder,
+    build_network,
+    check_same_architecture,
+    open_denoiser,
+    set_parameter,
+)
 from turbo_opt.calibration.places import MODEL, Progress, Report
 from turbo_opt.calibration.sla.attention import Sparsity
 from turbo_opt.calibration.sla.closed_form import (
@@ -20,6 +26,7 @@ from turbo_opt.calibration.sla.closed_form import (
     projection_values,
     solve_projections,
 )
+from turbo_opt.calibration.sla.companions import Companion
 from turbo_opt.calibration.sla.objective import STUDENT, SLAObjective
 from turbo_opt.calibration.sla.student import (
     check_start,
@@ -27,6 +34,7 @@ from turbo_opt.calibration.sla.student import (
     make_sparse,
     set_attention,
 )
+from turbo_opt.calibration.training.compiled import compile_blocks
 from turbo_opt.calibration.training.context import share_tokens
 from turbo_opt.calibration.training.loop import Trainer
 from turbo_opt.calibration.training.memory import save_activations
@@ -106,7 +114,18 @@ def _open(job: SLAJob) -> Parts[SLAJob]:
     """Everything that can be wrong, before any weight is read."""
     parts = open_parts(job, job.student.start)
     check_start(job.sla, parts.start)
+    _open_companions(parts)
     return parts
+
+
+def _open_companions(parts: Parts[SLAJob]) -> list[DenoiserFolder]:
+    job = parts.job
+    found = [
+        open_denoiser(each.source, job.teacher.denoiser, job.folder) for each in job.companions
+    ]
+    for each in found:
+        check_same_architecture(parts.teacher, each)
+    return found
 
 
 def _objective(parts: Parts[SLAJob], world: World) -> SLAObjective:
@@ -118,15 +137,32 @@ def _objective(parts: Parts[SLAJob], world: World) -> SLAObjective:
         if group is not None:
             share_tokens(network, group)
         save_activations(network, job.training.activations)
+        if job.training.compile:
+            compile_blocks(network)
+
+    def make_teacher(network: nn.Module) -> None:
+        _prepare_teacher(network, group)
+        if job.training.compile:
+            compile_blocks(network)
 
     fill = initial_values(job.sla, parts.teacher.config)
-    student = build_network(parts.start, world, make_student, fill)
-    teacher = build_network(parts.teacher, world, lambda network: _prepare_teacher(network, group))
+
+    def sparse() -> Denoiser:
+        return Denoiser(build_network(parts.start, world, make_student, fill), parts.teacher)
+
+    def dense(folder: DenoiserFolder) -> Denoiser:
+        return Denoiser(build_network(folder, world, make_teacher), parts.teacher)
+
+    companions = [
+        Companion(dense(folder), sparse(), NoiseLevels.of(each.noise, parts.teacher))
+        for each, folder in zip(job.companions, _open_companions(parts), strict=True)
+    ]
     return SLAObjective(
-        Denoiser(student, parts.teacher),
-        Denoiser(teacher, parts.teacher),
+        sparse(),
+        dense(parts.teacher),
         NoiseLevels.of(job.noise, parts.teacher),
         job.data.unconditional_share,
+        companions,
     )
 
 

@@ -29,6 +29,9 @@ class RouterTraining(Training):
 
     steps: int = Field(500, ge=1, description="Steps of the whole training.")
     rate: float = Field(3e-3, gt=0, description="Peak learning rate of AdamW.")
+    compile: Literal[False] = Field(
+        False, description="Blocks are watched, which compiled ones do not allow."
+    )
     context_parallel: Literal[1] = Field(
         1, description="A process sees whole clips: what is trained is small."
     )

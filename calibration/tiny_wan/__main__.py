@@ -103,9 +103,10 @@ def _run_students(options: argparse.Namespace) -> bool:
         steps=options.steps,
         clips=options.clips,
         batch=options.batch,
+        compile=options.device.type == "cuda" and not options.no_compile,
         seed=options.seed,
     )
-    sizes = train_students(settings, options.work, options.out, options.device)
+    sizes = train_students(settings, options.work, options.out, options.device, options.finished)
     print(json.dumps(sizes, indent=2), flush=True)
     return True
 
@@ -133,6 +134,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--device", help="default: cuda if there is one")
     add("--seed", type=int)
+    add(
+        "--finished",
+        type=Path,
+        help="students that are taken over and not trained again, as an earlier --out has them",
+    )
 
     budget = parser.add_argument_group("budget")
     add = budget.add_argument

@@ -17,6 +17,7 @@ from turbo_opt.calibration.data.samples import SampleSet
 from turbo_opt.calibration.flow import autocast
 from turbo_opt.calibration.jobs.schema import Job
 from turbo_opt.calibration.training.checkpoints import Checkpoints, read_record
+from turbo_opt.calibration.training.compiled import uncompiled
 from turbo_opt.calibration.training.logs import Log
 from turbo_opt.calibration.training.objective import Objective
 from turbo_opt.calibration.training.rates import learning_rate
@@ -29,7 +30,7 @@ Progress = Callable[[int, int, str], None]
 """Told (steps done, steps in all, the last loss as text)."""
 Draw = Callable[[int, torch.nn.Module], Mapping[str, float]]
 """Makes clips with a network after a step; what is measured of them goes to the log."""
-_SAME_SECTIONS = ("job", "teacher", "noise", "sla", "student", "rcm", "router")
+_SAME_SECTIONS = ("job", "teacher", "noise", "sla", "student", "rcm", "router", "companions")
 _SAME_KEYS = {
     "training": ("batch", "seed", "draws", "average", "compute_dtype"),
     "data": ("held_out", "unconditional_share"),
@@ -163,7 +164,8 @@ class Trainer:
             return {}
         sums: dict[str, Tensor] = {}
         count = len(self._held_out)
-        with self.shipped.averaged(self.job.export.average), self._autocast():
+        average = self.job.export.average
+        with self.shipped.averaged(average), self._autocast(), uncompiled():
             # All processes run alike: one without a sample of its own takes another's, at weight 0.
             for first in range(0, count, self.world.data_size):
                 position = first + self.world.data_rank
@@ -221,7 +223,7 @@ class Trainer:
         scores = self.evaluate() if due["evaluate"] else {}
         row = {**values, **scores} if due["log"] or scores else {}
         if self._draw is not None and job.samples and (last or self.step % job.samples.every == 0):
-            with self.shipped.averaged(job.export.average):
+            with self.shipped.averaged(job.export.average), uncompiled():
                 row |= self._draw(self.step, self.shipped.network)
         if row:
             row["broken_samples"] = len(self._samples.broken)
@@ -292,9 +294,9 @@ def _check_same_job(path: Path, theirs: Any, ours: Mapping[str, Any]) -> None:
     if not isinstance(theirs, dict):
         raise BadInput(f"{path}: does not say what job it is of")
     different = [
-        f"{section}.{key}: {then.get(key)!r} then, {now.get(key)!r} now"
-        for section in ours
-        for then, now in [(_mapping(theirs.get(section)), _mapping(ours[section]))]
+        f"{f'{section}.{key}' if key else section}: {then.get(key)!r} then, {now.get(key)!r} now"
+        for section in dict.fromkeys([*ours, *theirs])
+        for then, now in [(_mapping(theirs.get(section)), _mapping(ours.get(section)))]
         for key in sorted({*then, *now})
         if then.get(key) != now.get(key)
     ]
@@ -306,4 +308,7 @@ def _check_same_job(path: Path, theirs: Any, ours: Mapping[str, Any]) -> None:
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {"": value}
+    """A section's keys; one that is absent or empty has none."""
+    if isinstance(value, dict):
+        return value
+    return {"": value} if value else {}

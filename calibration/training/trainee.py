@@ -83,8 +83,9 @@ class Trainee:
         # An average that remembers its start only as long as it is short.
         decay = min(self._settings.average, (1 + count) / (10 + count))
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                self.average[name].lerp_(parameter.detach(), 1 - decay)
+            torch._foreach_lerp_(
+                list(self.average.values()), list(self.parameters.values()), 1 - decay
+            )
 
     def forget_gradient(self) -> None:
         """Free the gradients."""

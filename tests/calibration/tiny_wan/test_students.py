@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from turbo_opt.calibration.data.samples import SampleSet
 from turbo_opt.calibration.jobs.load import load_job
@@ -20,6 +20,7 @@ from turbo_opt.calibration.tiny_wan.detectors import score
 from turbo_opt.calibration.tiny_wan.evaluate import load_pipeline
 from turbo_opt.calibration.tiny_wan.samples import draw_samples
 from turbo_opt.capture.folder import find_source
+from turbo_opt.embedded import embedded
 from turbo_opt.errors import TurboOptError
 
 CPU = torch.device("cpu")
@@ -76,6 +77,8 @@ def jobs(monkeypatch) -> dict[str, list[str | None]]:
         if out.name in started["fails"]:
             raise TurboOptError("the loss is not finite")
         start = job.student.start
+        if job.job == "sla" and out.name != students.SOLVED:
+            assert [Path(each.source).parent.name for each in job.companions] == ["rcm"]
         started["starts"].append(f"{out.name} from {start and Path(start).parent.name}")
         write_student(out.parent, out.name)
         return {"after": {"held_out_loss": 0.1 if out.name == students.CLOSED_FORM else 0.2}}
@@ -104,6 +107,24 @@ def test_students_start_from_each_other_and_the_better_tuned_one_is_kept(tmp_pat
     with safe_open(tmp_path / "out" / "sla.safetensors", framework="pt") as file:
         assert float(file.get_tensor("weight")[0]) == len(students.CLOSED_FORM)
         assert file.metadata() == {"format": "pt", "distillation": "rcm"}
+
+
+def test_finished_students_are_taken_over(tmp_path, jobs) -> None:
+    finished = tmp_path / "finished"
+    finished.mkdir()
+    shipped = load_file(embedded("tiny-wan-rcm"))
+    for name in ("consistency", "rcm"):
+        save_file(shipped, finished / f"{name}.safetensors", metadata={"distillation": "rcm"})
+    work, out = tmp_path / "work", tmp_path / "out"
+    students.train_students(students.StudentTraining(steps=1), work, out, CPU, finished)
+    assert jobs["starts"] == [
+        "sla from None",
+        "closed-form from None",
+        "sla-closed-form from closed-form",
+        "rcm-sla from sla-closed-form",
+    ]
+    assert (out / "rcm.safetensors").read_bytes() == (finished / "rcm.safetensors").read_bytes()
+    assert load_file(work / "rcm" / students._WEIGHTS).keys() == shipped.keys()
 
 
 def test_a_job_that_fails_leaves_what_the_others_made(tmp_path, jobs) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from turbo_opt.calibration.data.samples import SampleSet
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
-from turbo_opt.calibration.training.loop import Trainer
+from turbo_opt.calibration.training.loop import CHECKPOINTS, Trainer
 from turbo_opt.calibration.training.objective import Loss
 from turbo_opt.calibration.training.world import World
 from turbo_opt.errors import BadInput, TurboOptError
@@ -166,7 +167,18 @@ def test_a_checkpoint_of_another_job_is_not_taken_over(home, tmp_path) -> None:
         trainer(home, tmp_path, "training.batch=3").resume()
     with pytest.raises(BadInput, match=r"sla.topk: 0.5 then, 0.2 now"):
         trainer(home, tmp_path, "sla.topk=0.2").resume()
+    with pytest.raises(BadInput, match=r"\(companions: None then, \[{.*}\] now\)"):
+        trainer(home, tmp_path, "companions=[{source: ./teacher}]").resume()
     assert trainer(home, tmp_path, "training.rate=0.1", "training.steps=9").resume()
+
+
+def test_a_section_that_jobs_did_not_have_yet_stops_no_resume(home, tmp_path) -> None:
+    trainer(home, tmp_path).run()
+    record = next((tmp_path / CHECKPOINTS).glob("step-*/training.json"))
+    said = json.loads(record.read_text())
+    del said["identity"]["companions"]
+    record.write_text(json.dumps(said))
+    assert trainer(home, tmp_path).resume()
 
 
 @pytest.mark.parametrize(
