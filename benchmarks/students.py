@@ -324,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--out", type=Path, default=results.RESULTS, help="where tiny_wan_students.json is written")
     add("--captions", type=int, default=512)
     add("--batch", type=int, default=256)
-    add("--classifier-steps", type=int, default=400)
+    add("--classifier-steps", type=int, default=1500)
     add("--only", nargs="+", default=[""], help="variants whose name contains one of these")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="a CPU takes minutes a row")
     add("--dry-run", action="store_true", help="on a CPU: that it runs, not what it measures")

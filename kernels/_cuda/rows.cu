@@ -1,7 +1,9 @@
-// Add a gated branch to a row, normalize it, modulate it and store it in bf16 or e4m3.
+// Add a gated branch to a row, normalize it, modulate or rotate it and store it in bf16 or e4m3.
 //
 //     x' = x + branch · gate
 //     y = (x' − mean) · rstd · (OFFSET + gain) + bias
+//
+// With ROTATE, channels 2i and 2i + 1 of each head of 128 then turn by the token's i-th angle.
 //
 // A team of TEAM warps takes a row and keeps it in registers; or two, without a branch, where gain and
 // bias are those of both and are read once. CHANNELS is a multiple of 256 · TEAM. BRANCH, GATE, GAIN
@@ -110,6 +112,20 @@ DEVICE float quantize_rows(const float (&values)[ROWS][8], u32 (&quantized)[ROWS
 }
 #endif
 
+// Of two rows, a load that stays in its place: brought forward, it would take the rows' registers.
+DEVICE float4 load_here(const float *at) {
+#if ROWS == 2
+    float4 x;
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "l"(at)
+                 : "memory");
+    return x;
+#else
+    return *(const float4 *)at;
+#endif
+}
+
 #if PARAMETER_BF16
 typedef u16 Parameter;
 DEVICE void load_parameter(const Parameter *at, float (&values)[8]) {
@@ -120,16 +136,7 @@ typedef float Parameter;
 DEVICE void load_parameter(const Parameter *at, float (&values)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
-        float4 x;
-#if ROWS == 2
-        // Loads that stay in their place: brought forward, they would take the rows' registers.
-        asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                     : "l"(at + i)
-                     : "memory");
-#else
-        x = *(const float4 *)(at + i);
-#endif
+        const float4 x = load_here(at + i);
         values[i] = x.x, values[i + 1] = x.y, values[i + 2] = x.z, values[i + 3] = x.w;
     }
 }
@@ -138,6 +145,23 @@ DEVICE void load_parameter(const Parameter *at, float (&values)[8]) {
 DEVICE float value_at(const u16 *at) { return __uint_as_float((u32)*at << 16); }
 DEVICE float value_at(const float *at) { return *at; }
 
+DEVICE float middle(float a, float b, float c) {
+    return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c));
+}
+
+#if ROTATE
+// A lane's four pairs: the same ones of a head in all of its chunks.
+DEVICE void rotate(float (&values)[8], const float4 &cos, const float4 &sin) {
+    const float c[4] = {cos.x, cos.y, cos.z, cos.w}, s[4] = {sin.x, sin.y, sin.z, sin.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float even = values[2 * i], odd = values[2 * i + 1];
+        values[2 * i] = fmaf(even, c[i], -odd * s[i]);
+        values[2 * i + 1] = fmaf(even, s[i], odd * c[i]);
+    }
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) process_rows(
     const u16 *__restrict__ x,           // (B, L, C), strides (x_batch, x_row, 1)
     const u16 *__restrict__ branch,      // as x, or null
@@ -145,13 +169,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) process_rows(
                                          // or null
     const Parameter *__restrict__ gain,  // as gate
     const Parameter *__restrict__ bias,  // as gate
+    const float *__restrict__ cos,       // (L, 64), strides (table_row, 1), or null
+    const float *__restrict__ sin,       // as cos
     u16 *__restrict__ stream,            // (B, L, C): x', or null
     void *__restrict__ y,                // (B, L, C)
     float *__restrict__ y_scale,         // (B·L, C / 128) with strides (1, B·L)
     float eps, int batches, int length,
     long long x_batch, long long x_row, long long branch_batch, long long branch_row,
     long long gate_batch, long long gate_row, long long gain_batch, long long gain_row,
-    long long bias_batch, long long bias_row) {
+    long long bias_batch, long long bias_row, long long table_row) {
     const int lane = threadIdx.x % (32 * TEAM);
     const int teams = (length + ROWS - 1) / ROWS;  // of a batch entry
     const int team = blockIdx.x * (WARPS / TEAM) + threadIdx.x / (32 * TEAM);
@@ -160,23 +186,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) process_rows(
     const bool last_is_whole = token + ROWS <= length;
     x += batch * x_batch + token * x_row;
     Chunk kept[ROWS][CHUNKS];
-    float pivots[ROWS];  // the first value of a row, the branch included
+    float pivots[ROWS];  // the first value of a row; with a branch, the middle one of the first three
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         const u16 *from = r == 0 || last_is_whole ? x + r * x_row : x;
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++)
             kept[r][c] = *(const Chunk *)(from + STRIDE * c + 8 * lane);
-        pivots[r] = CENTERED ? value_at(from) : 0.0f;
+        pivots[r] = CENTERED && !BRANCH ? value_at(from) : 0.0f;
     }
 #if BRANCH
     branch += batch * branch_batch + token * branch_row;
 #if GATE
     gate += batch * gate_batch + token * gate_row;
-    if (CENTERED) pivots[0] = fmaf(value_at(branch), value_at(gate), pivots[0]);
+#endif
+#if CENTERED
+    float firsts[3];
+#pragma unroll
+    for (int i = 0; i < 3; i++)
+        firsts[i] = fmaf(value_at(branch + i), GATE ? value_at(gate + i) : 1.0f, value_at(x + i));
+    pivots[0] = middle(firsts[0], firsts[1], firsts[2]);
+#endif
+#if GATE
     gate += 8 * lane;
-#else
-    if (CENTERED) pivots[0] += value_at(branch);
 #endif
     branch += 8 * lane;
     stream += ((long long)batch * length + token) * CHANNELS + 8 * lane;
@@ -211,6 +243,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) process_rows(
 #if BIAS
     bias += batch * bias_batch + token * bias_row + 8 * lane;
 #endif
+#if ROTATE
+    cos += token * table_row + 4 * (lane % 16);
+    sin += token * table_row + 4 * (lane % 16);
+    const long long next = last_is_whole ? table_row : 0;
+#endif
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         float factor[8], shift[8] = {}, values[ROWS][8];
@@ -231,6 +268,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) process_rows(
                 values[r][i] =
                     GAIN ? fmaf(values[r][i], factor[i], shift[i]) : values[r][i] + shift[i];
             }
+#if ROTATE
+            rotate(values[r], load_here(cos + r * next), load_here(sin + r * next));
+#endif
         }
         const long long row = (long long)batch * length + token;
         const long long at = row * CHANNELS + STRIDE * c + 8 * lane;

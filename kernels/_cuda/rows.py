@@ -80,12 +80,14 @@ def process_rows(
     eps: float = 0.0,
     centered: bool = False,
     gain_offset: int = 0,
+    tables: tuple[torch.Tensor, torch.Tensor] | None = None,
     y: torch.Tensor | None = None,
     y_scale: torch.Tensor | None = None,
 ) -> None:
     """Add `branch` to x (…, C) and normalize the sum into `y`, quantized if there is a scale.
 
     Args:
+        tables: cos and sin, (1, L, 1, 64) float32, that each head of 128 channels turns by.
         y: as x, contiguous; None: nothing is normalized.
         y_scale: (M, C / 128) float32 with strides (1, M).
     """
@@ -105,16 +107,19 @@ def process_rows(
         "GAIN": int(gain is not None),
         "BIAS": int(bias is not None),
         "OUTPUT": 0 if y is None else 2 if y_scale is not None else 1,
+        "ROTATE": int(tables is not None),
         "CENTERED": int(centered),
         "OFFSET": gain_offset,
         "PARAMETER_BF16": int(narrow),
     }
+    cos, sin = _tables(tables)
     teams = batch * -(-length // shape.rows)
     _load("rows.cu", "process_rows", x, defines).launch(
         (-(-teams * shape.team // shape.warps),), 32 * shape.warps,
-        rows_BLC, added, gate, gain, bias, branch.stream if branch else None, y, y_scale,
+        rows_BLC, added, gate, gain, bias, cos, sin, branch.stream if branch else None, y, y_scale,
         eps, batch, length,
         *(stride for tensor in (rows_BLC, added, gate, gain, bias) for stride in _strides(tensor)),
+        Long(cos.stride(0) if cos is not None else 0),
     )  # fmt: skip
 
 
@@ -208,6 +213,18 @@ def _parameters(
             parameter = _on_16_bytes(parameter).expand(x_BLC.shape)
         ready.append(parameter)
     return tuple(ready)
+
+
+def _tables(
+    given: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Both as (L, 64) of the same strides, each token's angles together on 16 bytes."""
+    if given is None:
+        return None, None
+    cos, sin = (table[0, :, 0] for table in given)
+    if cos.stride() != sin.stride() or cos.stride(1) != 1 or cos.stride(0) % 4:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    return _on_16_bytes(cos), _on_16_bytes(sin)
 
 
 def _strides(tensor: torch.Tensor | None) -> tuple[Long, Long]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from .._cuda.rows import unsupported
 from .._triton.support import unsupported_device, unsupported_row
 from ..capability import Capability
 from ..checks import check_activation, check_channels, check_rotation
@@ -23,6 +24,7 @@ class NormRopeCall(NamedTuple):
 
     channels: int
     head_dim: int
+    dtype: torch.dtype
 
 
 def check(
@@ -36,7 +38,7 @@ def check(
 def describe(
     x: torch.Tensor, weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, eps: float
 ) -> NormRopeCall:
-    return NormRopeCall(x.shape[-1], 2 * cos.shape[-1])
+    return NormRopeCall(x.shape[-1], 2 * cos.shape[-1], x.dtype)
 
 
 def fake(
@@ -53,6 +55,12 @@ def triton_supports(capability: Capability, call: NormRopeCall) -> str | None:
     return unsupported_device(capability) or unsupported_row(call.channels)
 
 
+def cuda_supports(capability: Capability, call: NormRopeCall) -> str | None:
+    if call.head_dim != 128:
+        return f"its lanes turn heads of 128 channels, got {call.head_dim}"
+    return unsupported(capability, call.dtype, call.channels)
+
+
 NORM_ROPE = Operator(
     name="norm_rope",
     schema="(Tensor x, Tensor? weight, Tensor cos, Tensor sin, float eps) -> Tensor",
@@ -60,7 +68,10 @@ NORM_ROPE = Operator(
     fake=fake,
     check=check,
     describe=describe,
-    providers=[Provider("triton", f"{__name__}.triton", triton_supports, requires="triton")],
+    providers=[
+        Provider("cuda", f"{__name__}.cuda", cuda_supports),
+        Provider("triton", f"{__name__}.triton", triton_supports, requires="triton"),
+    ],
 )
 
 

@@ -85,6 +85,8 @@ def test_opcheck(device):
 def test_choice_on_described_devices():
     x, tables = torch.empty(1, 9, 256, device="meta"), rotation(9, "meta")
     assert choose("norm_rope", "sm80", x, None, *tables, EPS) == "triton"
+    assert choose("norm_rope", "sm90", x.bfloat16(), None, *tables, EPS) == "cuda"
+    assert choose("norm_rope", "sm90", x, None, *tables, EPS) == "triton"
     assert choose("norm_rope", "sm75", x, None, *tables, EPS) == "reference"
     assert choose("norm_rope", "cpu", x, None, *tables, EPS) == "reference"
     narrow = explain("norm_rope", "sm90", x, None, *rotation(9, "meta", 64), EPS)
@@ -114,10 +116,12 @@ def test_wrong_arguments_are_named(x, weight, cos, sin, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(1, 32760, 1536), (1, 75600, 5120)])
-def test_real_shapes(shape, device):
+@pytest.mark.parametrize("provider", ["cuda", "triton"])
+@pytest.mark.parametrize("weighted", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 256), (2, 77, 1536), (1, 32760, 1536), (1, 75600, 5120)])
+def test_bfloat16_on_the_gpu(provider, weighted, shape, device):
     x = torch.randn(shape, device=device, dtype=torch.bfloat16)
-    weight = torch.randn(shape[-1], device=device)
+    weight = None if weighted is None else torch.randn(shape[-1], device=device, dtype=weighted)
     args = (x, weight, *rotation(shape[1], device), EPS)
     expected = run_by("reference", "norm_rope", *args)
-    assert sqnr_db(expected, run_by("triton", "norm_rope", *args)) > 50
+    assert sqnr_db(expected, run_by(provider, "norm_rope", *args)) > 50
