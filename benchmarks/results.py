@@ -86,8 +86,13 @@ def merge(path: Path, records: Iterable[Record]) -> None:
     """Add records to a file, each replacing the one of its name, in one atomic step."""
     merged = {record.name: record for record in read(path)}
     merged.update((record.name, record) for record in records)
-    text = json.dumps([asdict(merged[name]) for name in sorted(merged)], indent=1) + "\n"
-    write_whole(path, text)
+    write(path, merged.values())
+
+
+def write(path: Path, records: Iterable[Record]) -> None:
+    """Make a file of these records alone, in order of their names, in one atomic step."""
+    entries = [asdict(record) for record in sorted(records, key=lambda record: record.name)]
+    write_whole(path, json.dumps(entries, indent=1) + "\n")
 
 
 def tabulate(records: Sequence[Record]) -> str:

@@ -60,7 +60,6 @@ def bench_sparse(
     label: str,
     make: Callable[[int, int], InputSet],
     rate: Callable[[], Ceiling],
-    bench_alone: Callable[[str, list[InputSet], dict[str, Timing]], None] | None = None,
     *,
     scheme: str | None = None,
     baselines: Mapping[str, Callable[..., object]] | None = None,
@@ -69,8 +68,8 @@ def bench_sparse(
 
     The provider that is chosen by default is recorded as `label/HEADSxTOKENS_ms`, others as
     `label/PROVIDER/…`. `make(heads, tokens)` returns the arguments, q, k and v first; `rate()` the
-    rate of the products; `bench_alone(shape, sets, baseline)` is called once for each shape. The
-    result is quantized by `scheme`, if one is given. `baselines` take the same arguments.
+    rate of the products. The result is quantized by `scheme`, if one is given. `baselines` take the
+    same arguments.
     """
     for heads, tokens in session.attention:
         sets = session.input_sets(lambda h=heads, t=tokens: make(h, t))  # type: ignore[misc]
@@ -88,8 +87,6 @@ def bench_sparse(
             session, name, label, shape, sets, slower, floor, least,
             {"topk": TOPK, "blocks": f"{BLOCK_Q}x{BLOCK_K}"}, scheme=scheme,
         )  # fmt: skip
-        if bench_alone is not None:
-            bench_alone(shape, sets, slower)
         del sets
         if not session.dry:
             torch.cuda.empty_cache()

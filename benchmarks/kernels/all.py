@@ -39,6 +39,7 @@ BENCHES = [
     "sage_attention",
     "padded_attention",
     "padded_attention_quantize",
+    "block_sparse_attention",
     "block_sparse_attention_backward",
     "attention_jvp",
 ]

@@ -1,0 +1,38 @@
+"""The tables of README.md, written from benchmarks/results/ and from the pass registry.
+
+python -m benchmarks.tables          # rewrites what stands between the markers
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from benchmarks.results import ROOT
+from benchmarks.tables.compiler import compilation, passes
+from benchmarks.tables.kernels import attention, linear
+from benchmarks.tables.models import clips, forward
+from benchmarks.tables.targets import shares, targets
+from benchmarks.tables.training import students, training
+
+README = ROOT / "README.md"
+TABLES: dict[str, Callable[[], str]] = {
+    "passes": passes,
+    "targets": targets,
+    "forward": forward,
+    "clips": clips,
+    "attention": attention,
+    "shares": shares,
+    "linear": linear,
+    "training": training,
+    "students": students,
+    "compilation": compilation,
+}
+
+
+def filled(text: str) -> str:
+    """`text` with every marked table made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = pattern.sub(lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text)
+    return text

@@ -1,0 +1,70 @@
+"""What training costs, and what tiny-wan's students learn."""
+
+from __future__ import annotations
+
+from benchmarks.results import Record
+from benchmarks.tables.cells import MODELS, by_name
+
+_STUDENTS = {
+    "teacher": "teacher",
+    "rcm": "rCM student",
+    "merged": "rCM student + (SLA tuning − teacher)",
+    "rcm-sla": "rCM student, tuned with sparse attention",
+}
+"""Weights of tiny-wan that the table has, in its order."""
+
+
+def training() -> str:
+    """Tokens a second of tuning, by GPUs."""
+    lines = [
+        "| model | training | GPUs | tokens/s | share of bf16 products | peak a GPU |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for record in by_name("training.json").values():
+        _, model, job, gpus, metric = record.name.split("/")
+        if metric == "tokens_per_s":
+            share = record.share_of_ceiling
+            lines.append(
+                f"| {MODELS.get(model, model)} | `{job.replace('-', ' ', 1)}` | "
+                f"{gpus.removesuffix('-gpus')} | {record.value:,.0f} ± {record.spread:,.0f} | "
+                f"{'' if share is None else f'{share:.2f}'} | "
+                f"{record.config['peak_gib']:.1f} GiB |"
+            )
+    return "\n".join(lines)
+
+
+def students() -> str:
+    """tiny-wan's teacher, its students in few steps, and those that are sparse or in 8 bits."""
+    lines = [
+        "| weights | evaluations a clip | attention | linear layers | all four right |",
+        "| --- | ---: | --- | --- | ---: |",
+    ]
+    records = filter(_is_told, by_name("tiny_wan_students.json").values())
+    for record in sorted(records, key=_student_order):
+        config = record.config
+        sparse = "dense" if config["topk"] is None else f"sparse, topk {config['topk']:g}"
+        lines.append(
+            f"| {_STUDENTS[_weights(record)]} | {config['evaluations']} | {sparse} | "
+            f"{config['scheme'] or '16 bits'} | {100 * record.value:.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+def _weights(record: Record) -> str:
+    """Whose they are; `student` stands for the better of the two that are distilled."""
+    weights = record.config["weights"]
+    return record.config["student"] if weights == "student" else weights
+
+
+def _is_told(record: Record) -> bool:
+    """The teacher as its users sample it, rCM's students, and what is sparse and tuned for it."""
+    config, weights = record.config, _weights(record)
+    if weights == "teacher":
+        return config["guided"] and config["steps"] == 50 and config["topk"] is None
+    return weights in _STUDENTS and config["tuned"]
+
+
+def _student_order(record: Record) -> tuple[int, int, float, str]:
+    config = record.config
+    place = list(_STUDENTS).index(_weights(record))
+    return place, -config["steps"], config["topk"] or 0.0, config["scheme"] or ""

@@ -1,0 +1,124 @@
+"""What a forward's floor counts, by hand, and that a run records it beside every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.forward import CASES, PIPELINES, Case
+from benchmarks.forward.floors import Computation, Rates, Work, floor
+from benchmarks.forward.run import run
+from benchmarks.kernels._harness import Session
+from benchmarks.results import Ceiling, read
+
+TOY = Case("toy", {"num_attention_heads": 1, "num_layers": 3, "ffn_dim": 256}, (1, 32, 32), 1)
+"""256 tokens of 128 channels."""
+
+
+def test_a_dense_block_in_16_bits_is_counted_by_hand() -> None:
+    assert Work.of(TOY, Computation.of("")) == Work(
+        # 256 tokens through six 128×128 and two 128×256 layers, 512 words through two 128×128.
+        linear=2 * (256 * (6 * 16_384 + 2 * 32_768) + 512 * 2 * 16_384),
+        attention=2 * 2 * 256 * 256 * 128,
+        branch=0,
+        cross_attention=2 * 2 * 256 * 512 * 128,
+        # Three norms read and write 16 bits; q, k and the prompt's q are normalized.
+        moved=(3 * 4 + 3 * 4) * 256 * 128,
+    )
+
+
+def test_a_sparse_block_in_8_bits_is_counted_by_hand() -> None:
+    pipeline = PIPELINES["sagesla-fp8"].replace("topk=0.1", "topk=0.6")
+    assert Work.of(TOY, Computation.of(pipeline)) == Work(
+        linear=2 * 256 * (6 * 16_384 + 2 * 32_768),  # the prompt's keys and values are kept
+        attention=2 * 2 * 256 * 128 * 128,  # one of two key blocks
+        branch=2 * 2 * 256 * 128 * 128,
+        cross_attention=2 * 2 * 256 * 161 * 128,  # 160 words, and one key for the padding
+        # Norms write 8 bits; q is read once, k and v twice, each written in 8 bits.
+        moved=(3 * 3 + 4 + 3 + 5 + 5) * 256 * 128,
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "linear", "attention", "moved"),
+    [("1.3b", 2.7309e12, 0.6440e12, 1.308e9), ("14b", 45.185e12, 11.691e12, 10.06e9)],
+)
+def test_full_size_models_count_what_the_budget_says(model, linear, attention, moved) -> None:
+    work = Work.of(CASES[model], Computation.of(PIPELINES["sagesla-fp8"]))
+    assert work.linear == pytest.approx(linear, rel=1e-3)
+    assert work.attention == pytest.approx(attention, rel=1e-3)
+    assert work.moved == pytest.approx(moved, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "computation"),
+    [
+        ("captured", Computation()),
+        ("int8-block", Computation("int8-block")),
+        ("fused-fp8", Computation("fp8-block", padding_once=True, prompt_once=True)),
+        ("sla-bf16", Computation("bf16", "sla", 0.1)),
+        ("sagesla-int8", Computation("int8-block", "sagesla", 0.1, 128, True, True)),
+    ],
+)
+def test_a_pipeline_says_what_is_computed(name, computation) -> None:
+    assert Computation.of(PIPELINES[name]) == computation
+
+
+def rates(**changed: float) -> Rates:
+    """Those of a machine that does everything at 1 TFLOP/s and 1 GB/s, or what is `changed`."""
+
+    def rate(name: str) -> Ceiling:
+        return Ceiling(changed.get(name, 1.0), "TFLOP/s", name)
+
+    return Rates(
+        {"bf16": rate("bf16"), "fp8-block": rate("fp8"), "int8-block": rate("int8")},
+        {"sla": rate("bf16"), "sagesla": rate("int8_and_fp8")},
+        rate("library"),
+        Ceiling(changed.get("copy", 1.0), "GB/s", "copy"),
+    )
+
+
+SPARSE = Computation("fp8-block", "sagesla", 0.6, 128, True, True)
+# Milliseconds of one block of TOY at 1 TFLOP/s and 1 GB/s.
+PARTS = {
+    "fp8": 0.08388608,
+    "int8_and_fp8": 0.016777216,
+    "bf16": 0.016777216,
+    "library": 0.021102592,
+    "copy": 0.851968,
+}
+
+
+def test_a_floor_adds_its_parts_over_blocks_and_forwards() -> None:
+    least = floor(TOY, SPARSE, rates())
+    assert least.value == pytest.approx(3 * sum(PARTS.values()), rel=1e-12)
+    assert least.unit == "ms"
+    assert floor(TOY, SPARSE, rates(), forwards=4).value == pytest.approx(4 * least.value)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_of_a_sparse_floor_is_at_its_own_rate(part) -> None:
+    saved = floor(TOY, SPARSE, rates()).value - floor(TOY, SPARSE, rates(**{part: 2.0})).value
+    assert saved == pytest.approx(3 * PARTS[part] / 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("part", ["int8_and_fp8", "fp8", "int8"])
+def test_a_dense_floor_in_16_bits_knows_no_8_bit_rate(part) -> None:
+    dense = Computation()
+    assert floor(TOY, dense, rates(**{part: 9.0})) == floor(TOY, dense, rates())
+
+
+def test_a_run_records_a_floor_beside_every_time(tmp_path: Path) -> None:
+    run(CASES["tiny"], Session(dry=True), ["sagesla-fp8"], tmp_path)
+    records = {record.name: record for record in read(tmp_path / "forward.json")}
+    names = ("diffusers-eager/forward_ms", "sagesla-fp8/forward_ms", "sagesla-fp8/four_steps_ms")
+    assert sorted(records) == [f"dry/tiny-random/{name}" for name in names]
+    for record in records.values():
+        assert record.ceiling is not None
+        assert record.share_of_ceiling == pytest.approx(record.ceiling.value / record.value)
+    eager, forward, clip = (records[f"dry/tiny-random/{name}"] for name in names)
+    assert clip.ceiling.value == pytest.approx(4 * forward.ceiling.value)
+    assert forward.baseline == {"diffusers-eager": eager.value}
+    assert clip.baseline == {"diffusers-eager": 100 * eager.value}
+    assert eager.baseline == {}
