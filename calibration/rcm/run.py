@@ -21,10 +21,9 @@ from turbo_opt.calibration.sla.student import (
     make_sparse,
     set_attention,
 )
-from turbo_opt.calibration.training.compiled import compile_blocks
+from turbo_opt.calibration.training.blocks import set_up_blocks
 from turbo_opt.calibration.training.context import share_tokens
 from turbo_opt.calibration.training.loop import Trainer
-from turbo_opt.calibration.training.memory import save_activations
 from turbo_opt.calibration.training.world import World
 from turbo_opt.checkpoints.student import METHOD
 from turbo_opt.errors import BadInput
@@ -90,16 +89,15 @@ def _objective(parts: Parts[RCMJob], empty_prompt: Tensor | None, world: World) 
         if group is not None:
             set_attention(network, attend_densely, group)
             share_tokens(network, group)
-        if job.training.compile:
-            compile_blocks(network)
 
     def frozen(network: nn.Module) -> None:
         share(network)
         network.requires_grad_(False)
+        set_up_blocks(network, compile=job.training.compile)
 
     def trained(network: nn.Module) -> None:
         share(network)
-        save_activations(network, job.training.activations)
+        set_up_blocks(network, job.training.activations, job.training.compile)
 
     def student(network: nn.Module) -> None:
         trained(network)

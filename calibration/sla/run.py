@@ -34,10 +34,9 @@ from turbo_opt.calibration.sla.student import (
     make_sparse,
     set_attention,
 )
-from turbo_opt.calibration.training.compiled import compile_blocks
+from turbo_opt.calibration.training.blocks import set_up_blocks
 from turbo_opt.calibration.training.context import share_tokens
 from turbo_opt.calibration.training.loop import Trainer
-from turbo_opt.calibration.training.memory import save_activations
 from turbo_opt.calibration.training.world import World
 from turbo_opt.errors import BadInput
 
@@ -136,14 +135,11 @@ def _objective(parts: Parts[SLAJob], world: World) -> SLAObjective:
         make_sparse(network, job.sla, group)
         if group is not None:
             share_tokens(network, group)
-        save_activations(network, job.training.activations)
-        if job.training.compile:
-            compile_blocks(network)
+        set_up_blocks(network, job.training.activations, job.training.compile)
 
     def make_teacher(network: nn.Module) -> None:
         _prepare_teacher(network, group)
-        if job.training.compile:
-            compile_blocks(network)
+        set_up_blocks(network, compile=job.training.compile)
 
     fill = initial_values(job.sla, parts.teacher.config)
 

@@ -16,8 +16,8 @@ from turbo_opt.calibration.data.batches import Batch, Batches, split
 from turbo_opt.calibration.data.samples import SampleSet
 from turbo_opt.calibration.flow import autocast
 from turbo_opt.calibration.jobs.schema import Job
+from turbo_opt.calibration.training.blocks import uncompiled
 from turbo_opt.calibration.training.checkpoints import Checkpoints, read_record
-from turbo_opt.calibration.training.compiled import uncompiled
 from turbo_opt.calibration.training.logs import Log
 from turbo_opt.calibration.training.objective import Objective
 from turbo_opt.calibration.training.rates import learning_rate

@@ -5,8 +5,8 @@
 //
 // With ROTATE, channels 2i and 2i + 1 of each head of 128 then turn by the token's i-th angle.
 //
-// A team of TEAM warps takes a row and keeps it in registers; or two, without a branch, where gain and
-// bias are those of both and are read once. CHANNELS is a multiple of 256 · TEAM. BRANCH, GATE, GAIN
+// A team of TEAM warps takes a row and keeps it in registers; or ROWS rows, 2 or 4, without a branch,
+// where gain and bias are those of all and are read once. CHANNELS is a multiple of 256 · TEAM. BRANCH, GATE, GAIN
 // and BIAS say which of them there are; without GAIN, OFFSET + gain is 1. OUTPUT: 0 none, 1 bf16,
 // 2 e4m3 with a scale per 128 channels. PROGRAMS share a multiprocessor at least.
 //
@@ -15,17 +15,26 @@
 
 constexpr int STRIDE = 256 * TEAM, CHUNKS = CHANNELS / STRIDE;  // channels per step, steps
 
-// Sums of N numbers over a team's lanes; `places` are the program's.
+// Sums of N numbers over a team's lanes; `places` are the program's. Lanes share the work: with each
+// exchange a lane keeps half of its numbers and gives away the other half.
 template <int N> DEVICE void team_sums(float (&x)[N]) {
+#if TEAM == 1
 #pragma unroll
     for (int n = 0; n < N; n++) x[n] = warp_sum(x[n]);
-#if TEAM > 1
+#else
     __shared__ float places[N][WARPS];
-    const int warp = threadIdx.x >> 5;
-    if ((threadIdx.x & 31) == 0) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    int lanes = 16;
 #pragma unroll
-        for (int n = 0; n < N; n++) places[n][warp] = x[n];
-    }
+    for (int n = N / 2; n; n >>= 1, lanes >>= 1)
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            const float given = lane & lanes ? x[i] : x[i + n];
+            x[i] = (lane & lanes ? x[i + n] : x[i]) + __shfl_xor_sync(0xffffffffu, given, lanes);
+        }
+#pragma unroll
+    for (; lanes; lanes >>= 1) x[0] += __shfl_xor_sync(0xffffffffu, x[0], lanes);
+    if (lane % (32 / N) == 0) places[lane / (32 / N)][warp] = x[0];
     asm volatile("bar.sync %0, %1;" ::"r"(warp / TEAM + 1), "n"(32 * TEAM) : "memory");
 #pragma unroll
     for (int n = 0; n < N; n++) {
@@ -39,7 +48,7 @@ template <int N> DEVICE void team_sums(float (&x)[N]) {
 // Makes the compiler forget what it unpacked, so that only the packed rows stay in registers and
 // many programs can share a multiprocessor.
 DEVICE void stay_packed(Chunk (&kept)[ROWS][CHUNKS]) {
-#if PROGRAMS > 2 || ROWS == 2
+#if PROGRAMS > 2 || ROWS > 1
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
@@ -79,42 +88,50 @@ DEVICE void measure(const Chunk (&kept)[ROWS][CHUNKS], const float (&pivots)[ROW
 }
 
 #if OUTPUT == 2
-// Quantizes 128 channels of each row, which lie in 16 neighbouring lanes. Of two rows, the lower 8
-// lanes find the first one's scale and the upper 8 the second one's. Returns the lane's scale.
+// Quantizes 128 channels of each row, which lie in 16 neighbouring lanes. Of several rows, each
+// finds its scale in a part of these lanes, in order. Returns the lane's scale.
 DEVICE float quantize_rows(const float (&values)[ROWS][8], u32 (&quantized)[ROWS][2], int lane) {
-#if ROWS == 1
-    return quantize_group(values[0], quantized[0]);
-#else
-    float largest[2] = {};
+    float largest[ROWS] = {}, factors[ROWS];
 #pragma unroll
-    for (int r = 0; r < 2; r++)
+    for (int r = 0; r < ROWS; r++)
 #pragma unroll
         for (int i = 0; i < 8; i++) largest[r] = fmaxf(largest[r], fabsf(values[r][i]));
-    const bool upper = lane & 8;
-    float mine = upper ? largest[1] : largest[0];
-    mine = fmaxf(mine, __shfl_xor_sync(0xffffffffu, upper ? largest[0] : largest[1], 8));
+    int lanes = 8;
 #pragma unroll
-    for (int lanes = 4; lanes; lanes >>= 1)
-        mine = fmaxf(mine, __shfl_xor_sync(0xffffffffu, mine, lanes));
-    float factor;
-    const float step = e4m3_step(mine, factor);
-    const float other = __shfl_xor_sync(0xffffffffu, factor, 8);
-    const float factors[2] = {upper ? other : factor, upper ? factor : other};
+    for (int n = ROWS / 2; n; n >>= 1, lanes >>= 1)
 #pragma unroll
-    for (int r = 0; r < 2; r++)
+        for (int i = 0; i < n; i++) {
+            const float given = lane & lanes ? largest[i] : largest[i + n];
+            largest[i] = fmaxf(lane & lanes ? largest[i + n] : largest[i],
+                               __shfl_xor_sync(0xffffffffu, given, lanes));
+        }
+#pragma unroll
+    for (; lanes; lanes >>= 1)
+        largest[0] = fmaxf(largest[0], __shfl_xor_sync(0xffffffffu, largest[0], lanes));
+    const float step = e4m3_step(largest[0], factors[0]);
+    lanes = 16 / ROWS;
+#pragma unroll
+    for (int n = 1; n < ROWS; n <<= 1, lanes <<= 1)
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            const float other = __shfl_xor_sync(0xffffffffu, factors[i], lanes);
+            factors[i + n] = lane & lanes ? factors[i] : other;
+            factors[i] = lane & lanes ? other : factors[i];
+        }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
             quantized[r][i] = pack_e4m3(
                 values[r][4 * i] * factors[r], values[r][4 * i + 1] * factors[r],
                 values[r][4 * i + 2] * factors[r], values[r][4 * i + 3] * factors[r]);
     return step;
-#endif
 }
 #endif
 
-// Of two rows, a load that stays in its place: brought forward, it would take the rows' registers.
+// Of several rows, a load that stays in its place: brought forward, it would take the rows' registers.
 DEVICE float4 load_here(const float *at) {
-#if ROWS == 2
+#if ROWS > 1
     float4 x;
     asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
@@ -183,13 +200,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) process_rows(
     const int team = blockIdx.x * (WARPS / TEAM) + threadIdx.x / (32 * TEAM);
     if (team >= batches * teams) return;
     const int batch = team / teams, token = team % teams * ROWS;
-    const bool last_is_whole = token + ROWS <= length;
+    const int here = min(ROWS, length - token);  // rows of this team
     x += batch * x_batch + token * x_row;
     Chunk kept[ROWS][CHUNKS];
     float pivots[ROWS];  // the first value of a row; with a branch, the middle one of the first three
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        const u16 *from = r == 0 || last_is_whole ? x + r * x_row : x;
+        const u16 *from = r < here ? x + r * x_row : x;
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++)
             kept[r][c] = *(const Chunk *)(from + STRIDE * c + 8 * lane);
@@ -246,7 +263,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) process_rows(
 #if ROTATE
     cos += token * table_row + 4 * (lane % 16);
     sin += token * table_row + 4 * (lane % 16);
-    const long long next = last_is_whole ? table_row : 0;
 #endif
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
@@ -269,7 +285,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) process_rows(
                     GAIN ? fmaf(values[r][i], factor[i], shift[i]) : values[r][i] + shift[i];
             }
 #if ROTATE
-            rotate(values[r], load_here(cos + r * next), load_here(sin + r * next));
+            rotate(values[r], load_here(cos + (r < here ? r * table_row : 0)),
+                   load_here(sin + (r < here ? r * table_row : 0)));
 #endif
         }
         const long long row = (long long)batch * length + token;
@@ -279,16 +296,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) process_rows(
         const float step = quantize_rows(values, quantized, lane);
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
-            if (r == 0 || last_is_whole)
+            if (r < here)
                 *(uint2 *)((char *)y + at + r * CHANNELS) =
                     make_uint2(quantized[r][0], quantized[r][1]);
-        const int r = ROWS == 2 ? lane >> 3 & 1 : 0;
-        if (lane % (16 / ROWS) == 0 && (r == 0 || last_is_whole))
+        const int r = lane / (16 / ROWS) % ROWS;
+        if (lane % (16 / ROWS) == 0 && r < here)
             y_scale[(long long)(STRIDE / 128 * c + lane / 16) * batches * length + row + r] = step;
 #else
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
-            if (r == 0 || last_is_whole) *(Chunk *)((u16 *)y + at + r * CHANNELS) = pack(values[r]);
+            if (r < here) *(Chunk *)((u16 *)y + at + r * CHANNELS) = pack(values[r]);
 #endif
     }
 #endif

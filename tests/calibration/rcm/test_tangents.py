@@ -23,7 +23,7 @@ from turbo_opt.calibration.rcm.tangents import (
     without_gradient,
 )
 from turbo_opt.calibration.rcm.trigflow import predictor
-from turbo_opt.calibration.training.memory import save_activations
+from turbo_opt.calibration.training.blocks import set_up_blocks
 from turbo_opt.kernels import clear_recorded_choices, force_provider, recorded_choices
 
 SHAPE = (2, 16, 2, 8, 8)
@@ -179,7 +179,7 @@ def test_a_denoiser_moves_on_the_gpu_as_on_the_cpu(dtype: torch.dtype) -> None:
 def test_a_tangent_leaves_the_next_forward_its_gradient(activations: str) -> None:
     network = wan().requires_grad_(True)
     carry_tangents(network)
-    save_activations(network, activations)
+    set_up_blocks(network, activations)
     prompt = inputs()[0][2]
     predict = predictor(velocity_of(network), prompt)
     x, angle, teacher = on_the_path()

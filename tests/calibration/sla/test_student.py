@@ -22,7 +22,7 @@ from turbo_opt.calibration.sla.student import (
     set_attention,
     zero_projections,
 )
-from turbo_opt.calibration.training.memory import save_activations
+from turbo_opt.calibration.training.blocks import set_up_blocks
 from turbo_opt.calibration.training.world import World
 from turbo_opt.errors import BadInput
 
@@ -33,7 +33,7 @@ def student_of(folder: DenoiserFolder, topk: float, **options):
     def prepare(network) -> None:
         add_projections(network)
         set_attention(network, attend_sparsely(Sparsity(topk, 64, 64)))
-        save_activations(network, options.get("activations", "keep"))
+        set_up_blocks(network, options.get("activations", "keep"))
 
     return build_network(folder, ALONE, prepare, zero_projections(folder.config))
 

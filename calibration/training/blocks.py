@@ -1,0 +1,84 @@
+"""How a network's blocks run in training: what of their forward is kept, and whether compiled.
+
+Both lie within a block's own `forward`: FSDP's hooks stay around it, and a compiler sees what is
+computed again. Around a compiled block, it would not: what was to be kept of its inside could be
+overwritten by what the compiler puts into the same memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+import turbo_opt.kernels  # noqa: F401  (registers turbo_opt::*)
+
+_ATEN = torch.ops.aten
+_KEPT = {
+    torch.ops.turbo_opt.block_sparse_attention.default,
+    torch.ops.turbo_opt.sage_sparse_attention.default,
+    *(
+        getattr(_ATEN, name).default
+        for name in (
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_cudnn_attention",
+            "_scaled_dot_product_flash_attention_for_cpu",
+        )
+    ),
+}
+"""Attention: most of a block's operations, little of its memory."""
+
+
+def set_up_blocks(network: nn.Module, activations: str = "keep", compile: bool = False) -> None:
+    """Have a diffusers network run its blocks as a job says. Call it before it is sharded.
+
+    Args:
+        activations: `keep` everything; `selective` keeps the results of attention and computes the
+            rest of a block again; `recompute` keeps a block's input only.
+        compile: by torch.compile, at the first call. Blocks are alike, so one graph serves all of
+            them; parameters keep their names, and sizes are taken as fixed.
+    """
+    again = _AGAIN.get(activations)
+    for block in network.blocks:  # type: ignore[union-attr]
+        if again is not None:
+            block.forward_as_written = block.forward
+            block.forward = types.MethodType(again, block)
+        if compile:
+            block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Within the context blocks run as they are written: held-out losses and clips have sizes of
+    their own, which are not worth a graph."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def _recompute(block: Any, *inputs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return block.forward_as_written(*inputs)
+    return checkpoint(block.forward_as_written, *inputs, use_reentrant=False)
+
+
+def _keep_attention(block: Any, *inputs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return block.forward_as_written(*inputs)
+    kept = functools.partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(block.forward_as_written, *inputs, use_reentrant=False, context_fn=kept)
+
+
+_AGAIN = {"selective": _keep_attention, "recompute": _recompute}
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operator in _KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,133 @@
+"""Blocks through torch.compile: the same training, and no more graphs than networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from turbo_opt.calibration.flow import Denoiser
+from turbo_opt.calibration.jobs.load import load_job
+from turbo_opt.calibration.jobs.schema import SLAJob
+from turbo_opt.calibration.networks import build_network, open_denoiser
+from turbo_opt.calibration.rcm.schema import RCMJob
+from turbo_opt.calibration.sla.attention import Sparsity
+from turbo_opt.calibration.sla.run import train_sla
+from turbo_opt.calibration.sla.student import (
+    add_projections,
+    attend_sparsely,
+    set_attention,
+    zero_projections,
+)
+from turbo_opt.calibration.sla2.schema import RouterJob
+from turbo_opt.calibration.training import blocks
+from turbo_opt.calibration.training.world import World
+from turbo_opt.errors import BadInput
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def quiet(*told: object) -> None:
+    """No progress."""
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[torch.fx.GraphModule]:
+    """What torch.compile was given; it runs as it was traced, without a C++ compiler."""
+    seen: list[torch.fx.GraphModule] = []
+    compile = torch.compile
+
+    def note(graph: torch.fx.GraphModule, inputs: object) -> object:
+        seen.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda forward, **options: compile(forward, backend=note, fullgraph=True, **options),
+    )
+    yield seen
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("activations", ["keep", "selective"])
+def test_a_compiled_training_is_the_same_training(home, graphs, tmp_path, activations) -> None:
+    reports = {}
+    for compile in ("false", "true"):
+        settings = [f"training.compile={compile}", f"training.activations={activations}"]
+        job = load_job(home / "job.yaml", SLAJob, settings)
+        reports[compile] = train_sla(job, tmp_path / compile, ALONE, progress=quiet)
+    assert len(graphs) == 2  # one for the student's blocks, one for the teacher's
+    after = {name: report["after"]["held_out_loss"] for name, report in reports.items()}
+    assert after["true"] == pytest.approx(after["false"], rel=1e-4)
+    assert after["true"] != pytest.approx(reports["true"]["before"]["held_out_loss"], rel=1e-3)
+
+
+class Block(torch.nn.Linear):
+    """As blocks are, in that its forward is its class's own."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("activations", ["keep", "selective", "recompute"])
+def test_blocks_keep_their_names_and_what_they_compute(graphs, activations) -> None:
+    network = torch.nn.Module()
+    network.blocks = torch.nn.ModuleList([Block(2, 2), Block(2, 2)])
+    x = torch.ones(1, 2)
+    expected = network.blocks[1](x)
+    blocks.set_up_blocks(network, activations, compile=True)
+    assert [name for name, _ in network.named_parameters()] == [
+        f"blocks.{i}.{kind}" for i in range(2) for kind in ("weight", "bias")
+    ]
+    with blocks.uncompiled():
+        torch.testing.assert_close(network.blocks[1](x), expected)
+    assert not graphs
+    torch.testing.assert_close(network.blocks[1](x), expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activations", ["keep", "selective", "recompute"])
+def test_compiled_gradients_are_those_of_blocks_as_written(home, activations, device) -> None:
+    folder = open_denoiser(str(home / "teacher"), "transformer")
+    gradients = []
+    for how in ({}, {"activations": activations, "compile": True}):
+
+        def prepare(network, how=how) -> None:
+            add_projections(network)
+            set_attention(network, attend_sparsely(Sparsity(0.5, 64, 64)))
+            blocks.set_up_blocks(network, **how)
+
+        world = World(0, 1, device)
+        network = build_network(folder, world, prepare, zero_projections(folder.config))
+        torch.manual_seed(0)
+        x, t, text = torch.randn(1, 16, 2, 16, 16), torch.tensor([0.6]), torch.randn(1, 16, 32)
+        Denoiser(network, folder)(x.to(device), t.to(device), text.to(device)).mean().backward()
+        gradients.append([p.grad for p in network.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 40
+    for written, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, written, rtol=1e-2, atol=1e-6)
+
+
+JOB = """\
+schema_version: 1
+job: {job}
+data: {{folder: samples}}
+training: {{compile: true}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        (RCMJob, "rcm", "compiled by training.compile have no forward-mode derivative"),
+        (RouterJob, "router", "training.compile"),
+    ],
+)
+def test_where_blocks_cannot_be_compiled_it_says_so(kind, name, message, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(JOB.format(job=name))
+    with pytest.raises(BadInput, match=message):
+        load_job(tmp_path / "job.yaml", kind, [])
