@@ -10,6 +10,7 @@ import torch
 if not torch.cuda.is_available():  # read when Triton is imported, so before any test is
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["TURBO_OPT_PROVIDER_TABLE"] = "0"  # choices as declared, not as measured somewhere
+os.environ["TURBO_OPT_TUNING_CACHE"] = "0"  # nor configurations as tuned before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,8 @@
 """Make a set of samples: a teacher draws clips of captions, and their latents are kept.
 
 Clips are kept as they come out of the sampling loop, before the VAE, which is what a student is
-trained on. Each file is written whole; an interrupted run is continued by the same command.
+trained on. Each file is written whole; an interrupted run is continued by the same command. In
+shards or not, a sample is first a file of its own.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from turbo_opt.calibration.components import encode_prompts, load_components
 from turbo_opt.calibration.data.batches import generator_of
+from turbo_opt.calibration.data.packing import SampleFiles
 from turbo_opt.calibration.data.samples import (
     EMPTY_PROMPT,
     INDEX,
+    MAKING,
     SampleIndex,
-    SampleRecord,
     padded_positions,
     used_positions,
     write_index,
@@ -34,8 +36,6 @@ from turbo_opt.capture.sampling import pipeline_schedule
 from turbo_opt.errors import BadInput
 from turbo_opt.runtime.limits import Granularity
 from turbo_opt.runtime.sampler import initial_latents, sample
-
-SETTINGS = "making.json"
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,14 @@ def make_samples(
     world: World,
     *,
     batch: int = 1,
+    shard_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SampleIndex:
     """Draw one clip of each caption into `out`. All processes call; they share the captions.
 
     Args:
         batch: clips that are drawn at once.
+        shard_size: samples of a tar shard; None for a file each.
 
     Raises:
         BadInput: the teacher needs more than text, the size does not fit it, or `out` holds
@@ -85,8 +87,9 @@ def make_samples(
     """
     folder = open_denoiser(making.source, "transformer")
     shape = _latent_shape(folder, making)
-    _begin(out, making, captions, world)
-    missing = [i for i in range(len(captions)) if not _file(out, i).is_file()]
+    _begin(out, making, captions, shard_size, world)
+    files = SampleFiles(out, captions, making.text_length, shard_size)
+    missing = [number for number in range(len(captions)) if not files.holds(number)]
     world.wait()  # for all to have looked before the first writes
     own = missing[world.rank :: world.size]
     components = load_components(folder)
@@ -103,19 +106,20 @@ def make_samples(
         numbers, prompts = own[start : start + batch], embeds[start : start + batch]
         latents = draw(numbers, prompts)
         for number, clip, text in zip(numbers, latents, prompts, strict=True):
-            write_sample(_file(out, number), clip, text)
+            write_sample(files.own(number), clip, text)
+        if world.is_main:
+            files.pack()
         progress(start + len(numbers), len(own))
     world.wait()
+    if world.is_main:
+        files.pack()
     index = SampleIndex(
         format=1,
         latents=shape,
         text_length=making.text_length,
         text_dim=empty.shape[-1],
         source=asdict(making),
-        samples=tuple(
-            SampleRecord(file=_file(out, number).name, caption=caption)
-            for number, caption in enumerate(captions)
-        ),
+        samples=files.records(),
     )
     if world.is_main:
         write_index(out, index)
@@ -196,13 +200,17 @@ def _latent_shape(folder: DenoiserFolder, making: Making) -> tuple[int, int, int
     )
 
 
-def _begin(out: Path, making: Making, captions: Sequence[str], world: World) -> None:
+def _begin(
+    out: Path, making: Making, captions: Sequence[str], shard_size: int | None, world: World
+) -> None:
     """Make the folder, or see that it is an unfinished one of the same set."""
     said: dict[str, Any] = {**asdict(making), "captions": list(captions)}
+    if shard_size is not None:
+        said["shard_size"] = shard_size
     if (out / INDEX).is_file():
         raise BadInput(f"{out}: holds a set of samples already; choose another --out")
-    if (out / SETTINGS).is_file():
-        if json.loads((out / SETTINGS).read_text(encoding="utf-8")) != said:
+    if (out / MAKING).is_file():
+        if json.loads((out / MAKING).read_text(encoding="utf-8")) != said:
             raise BadInput(
                 f"{out}: holds an unfinished set that was made with other settings or captions; "
                 "choose another --out"
@@ -212,9 +220,7 @@ def _begin(out: Path, making: Making, captions: Sequence[str], world: World) -> 
     world.wait()
     if world.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        (out / SETTINGS).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        temporary = out / f"{MAKING}.partial"
+        temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(out / MAKING)
     world.wait()
-
-
-def _file(out: Path, number: int) -> Path:
-    return out / f"{number:06d}.safetensors"

@@ -5,34 +5,41 @@
     empty.safetensors     prompt_embeds of the empty prompt, for guidance
 
 Sample files may lie in uncompressed tar files instead; the index then names `shard.tar` and the
-member. Nothing is extracted, and nothing of a file is trusted: a sample of another shape, with a
-value that is not finite or cut off is broken. Broken samples are skipped, up to a share.
+member. A folder of tars without an index is read as shards of WebDataset (`shards.py`). Nothing is
+extracted, and nothing of a file is trusted: a sample of another shape, with a value that is not
+finite or cut off is broken. Broken samples are skipped, up to a share.
 """
 
 from __future__ import annotations
 
 import json
-import tarfile
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 from torch import Tensor
 
+from turbo_opt.calibration.data.formats import (
+    LATENTS,
+    PROMPT_EMBEDS,
+    checked,
+    parse_safetensors,
+)
+from turbo_opt.calibration.data.listed import ListedFiles
+from turbo_opt.calibration.data.shards import Shards
 from turbo_opt.errors import BadInput
 
 INDEX = "index.json"
 EMPTY_PROMPT = "empty.safetensors"
-LATENTS, PROMPT_EMBEDS = "latents", "prompt_embeds"
-LARGEST_SAMPLE = 2**31
+MAKING = "making.json"
+"""How a set is made, beside the samples from the first one on; the index is written last."""
 _NAMED = 3
 """How many broken samples a message names."""
+_TRIED = 100
+"""How many samples are looked at for one that says what all are like."""
 Side = Annotated[int, Field(ge=1)]
 
 
@@ -71,13 +78,23 @@ class Sample:
     prompt_embeds: Tensor
 
 
+class _Source(Protocol):
+    """Where the contents of samples are; both raise BadInput or OSError for a broken one."""
+
+    def check(self, number: int) -> None:
+        """Look at what can be seen without reading it."""
+
+    def tensors(self, number: int) -> dict[str, Tensor]:
+        """Read it."""
+
+
 @dataclass
 class SampleSet:
     """A folder of samples.
 
     Attributes:
         path: the folder.
-        index: its index.json.
+        index: its index.json, or the like of it for shards without one.
         broken: why a sample cannot be used, by its number in the index.
         broken_share: the share of broken samples that is put up with.
     """
@@ -85,20 +102,22 @@ class SampleSet:
     path: Path
     index: SampleIndex
     broken_share: float
+    _source: _Source
     broken: dict[int, str] = field(default_factory=dict)
-    _shards: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path, broken_share: float = 0.0) -> SampleSet:
         """Read the index and look at every sample's size; contents are read when they are used.
 
         Raises:
-            BadInput: there is no index, it is not one, or too many samples are missing.
+            BadInput: there is neither an index nor a shard, one is damaged, or too many samples are
+                missing.
         """
-        samples = cls(path, _read_index(path), broken_share)
+        index, source = _open(path)
+        samples = cls(path, index, broken_share, source)
         for number in range(len(samples)):
             try:
-                samples._place(samples.index.samples[number].file)
+                source.check(number)
             except (OSError, BadInput) as error:
                 samples._skip(number, str(error))
         samples.check_share()
@@ -124,12 +143,11 @@ class SampleSet:
         """
         if number in self.broken:
             return None
-        record = self.index.samples[number]
         try:
-            tensors = _parse(self._bytes(record.file))
-            latents = _checked(tensors, LATENTS, self.index.latents)
-            embeds = _checked(tensors, PROMPT_EMBEDS, (None, self.index.text_dim))
-            return Sample(record.file, latents.float(), self._padded(embeds.float()))
+            tensors = self._source.tensors(number)
+            latents = checked(tensors, LATENTS, self.index.latents)
+            embeds = checked(tensors, PROMPT_EMBEDS, (None, self.index.text_dim))
+            return Sample(self.name(number), latents.float(), self._padded(embeds.float()))
         except (OSError, BadInput) as error:
             self._skip(number, str(error))
             self.check_share()
@@ -142,8 +160,8 @@ class SampleSet:
             BadInput: the file is missing or broken.
         """
         try:
-            tensors = _parse((self.path / EMPTY_PROMPT).read_bytes())
-            embeds = _checked(tensors, PROMPT_EMBEDS, (None, self.index.text_dim))
+            tensors = parse_safetensors((self.path / EMPTY_PROMPT).read_bytes())
+            embeds = checked(tensors, PROMPT_EMBEDS, (None, self.index.text_dim))
             return self._padded(embeds.float())
         except (OSError, BadInput) as error:
             raise BadInput(
@@ -167,40 +185,10 @@ class SampleSet:
     def _padded(self, embeds_TC: Tensor) -> Tensor:
         if len(embeds_TC) > self.index.text_length:
             raise BadInput(
-                f"{PROMPT_EMBEDS} has {len(embeds_TC)} positions, the index allows "
+                f"{PROMPT_EMBEDS} has {len(embeds_TC)} positions, the set's text_length is "
                 f"{self.index.text_length}"
             )
         return padded_positions(embeds_TC, self.index.text_length)
-
-    def _bytes(self, file: str) -> bytes:
-        path, start, size = self._place(file)
-        with path.open("rb") as handle:
-            handle.seek(start)
-            content = handle.read(size)
-        if len(content) != size:
-            raise BadInput("is cut off")
-        return content
-
-    def _place(self, file: str) -> tuple[Path, int, int]:
-        """(file on disk, first byte, number of bytes) of a sample."""
-        parts = Path(file).parts
-        if Path(file).is_absolute() or ".." in parts:
-            raise BadInput("lies outside the folder")
-        for depth, part in enumerate(parts[:-1], start=1):
-            if part.endswith(".tar"):
-                shard, member = "/".join(parts[:depth]), "/".join(parts[depth:])
-                return self.path / shard, *self._member(shard, member)
-        size = (self.path / file).stat().st_size
-        if size > LARGEST_SAMPLE:
-            raise BadInput(f"has {size} bytes, more than {LARGEST_SAMPLE}")
-        return self.path / file, 0, size
-
-    def _member(self, shard: str, member: str) -> tuple[int, int]:
-        if shard not in self._shards:
-            self._shards[shard] = _members(self.path / shard)
-        if member not in self._shards[shard]:
-            raise BadInput(f"{shard} has no member {member!r}")
-        return self._shards[shard][member]
 
 
 def write_sample(path: Path, latents_CFHW: Tensor | None, prompt_embeds_TC: Tensor) -> None:
@@ -234,12 +222,54 @@ def write_index(path: Path, index: SampleIndex) -> None:
     temporary.replace(path / INDEX)
 
 
-def _read_index(path: Path) -> SampleIndex:
-    file = path / INDEX
+def _open(path: Path) -> tuple[SampleIndex, _Source]:
+    """What a folder holds, by its index or by the headers of its shards, and where."""
     if not path.is_dir():
         raise BadInput(f"{path}: no such folder of samples; turbo-opt calibrate data makes one")
-    if not file.is_file():
-        raise BadInput(f"{path}: has no {INDEX}; turbo-opt calibrate data makes such a folder")
+    if (path / INDEX).is_file():
+        index = _read_index(path / INDEX)
+        return index, ListedFiles(path, [record.file for record in index.samples])
+    if (path / MAKING).is_file():
+        raise BadInput(
+            f"{path}: has no {INDEX} yet: turbo-opt calibrate data was stopped; the same command "
+            "goes on"
+        )
+    try:
+        shards = Shards.open(path)
+    except OSError as error:
+        raise BadInput(f"{path}: its shards cannot be read ({error})") from None
+    return _index_of(shards), shards
+
+
+def _index_of(shards: Shards) -> SampleIndex:
+    """The index of a folder that has none: all samples must be like the first that can be used."""
+    faults: list[str] = []
+    for number in range(min(len(shards), _TRIED)):
+        try:
+            tensors = shards.tensors(number)
+            latents = checked(tensors, LATENTS, (None,) * 4)
+            embeds = checked(tensors, PROMPT_EMBEDS, (None, None))
+            if not latents.numel() or not embeds.numel():
+                raise BadInput(f"its {LATENTS} or {PROMPT_EMBEDS} are empty")
+        except (OSError, BadInput) as error:
+            faults.append(f"{shards.name(number)}: {error}")
+            continue
+        channels, frames, height, width = latents.shape
+        return SampleIndex(
+            format=1,
+            latents=(channels, frames, height, width),
+            text_length=shards.samples[number][1].text_length or len(embeds),
+            text_dim=embeds.shape[1],
+            samples=tuple(
+                SampleRecord(file=shards.name(i), caption=sample.caption)
+                for i, (_, sample) in enumerate(shards.samples)
+            ),
+        )
+    tried = f"{'first ' if len(faults) < len(shards) else ''}{len(faults)} samples"
+    raise BadInput(f"{shards.folder}: none of its {tried} can be used ({faults[0]})")
+
+
+def _read_index(file: Path) -> SampleIndex:
     try:
         index = SampleIndex.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
@@ -251,43 +281,3 @@ def _read_index(path: Path) -> SampleIndex:
     if not index.samples:
         raise BadInput(f"{file}: lists no samples")
     return index
-
-
-def _members(path: Path) -> dict[str, tuple[int, int]]:
-    """Name → (first byte, number of bytes) of the plain files in an uncompressed tar."""
-    try:
-        with tarfile.open(path, "r:") as archive:
-            return {
-                item.name: (item.offset_data, item.size)
-                for item in archive
-                if item.isreg() and not item.sparse and item.size <= LARGEST_SAMPLE
-            }
-    except tarfile.TarError as error:
-        raise BadInput(f"{path.name} is not an uncompressed tar ({error})") from None
-
-
-def _parse(content: bytes) -> dict[str, Tensor]:
-    try:
-        return load_safetensors(content)
-    except (SafetensorError, ValueError) as error:
-        raise BadInput(f"is no safetensors file ({error})") from None
-
-
-def _checked(tensors: dict[str, Tensor], name: str, shape: Sequence[int | None]) -> Tensor:
-    if name not in tensors:
-        raise BadInput(f"has no {name!r}, only {', '.join(sorted(tensors)) or 'nothing'}")
-    tensor = tensors[name]
-    fits = tensor.ndim == len(shape) and all(
-        wanted in (None, size) for wanted, size in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
-        raise BadInput(f"{name} has shape {_text(tensor.shape)}, the index says {_text(shape)}")
-    if not tensor.is_floating_point():
-        raise BadInput(f"{name} is {tensor.dtype}, must be floating point")
-    if not tensor.isfinite().all():
-        raise BadInput(f"{name} holds values that are not finite")
-    return tensor
-
-
-def _text(shape: Iterable[int | None]) -> str:
-    return "×".join("any" if side is None else str(side) for side in shape)

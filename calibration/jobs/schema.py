@@ -33,7 +33,8 @@ class Data(Section):
     """Clips to learn from, as `turbo-opt calibrate data` makes them."""
 
     folder: str = Field(
-        min_length=1, description="Folder of samples with its index.json, relative to this file."
+        min_length=1,
+        description="Folder of samples, with index.json or of tar shards, relative to this file.",
     )
     held_out: int = Field(
         4, ge=0, description="Samples at the end of the index that are only evaluated on."

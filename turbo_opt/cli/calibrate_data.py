@@ -44,6 +44,12 @@ _MOST_CAPTIONS = 10_000_000
     "--batch", type=click.IntRange(1), default=1, show_default=True, help="Clips drawn at once."
 )
 @click.option(
+    "--shard-size",
+    type=click.IntRange(1),
+    help="Keep samples in tar shards of this many, which WebDataset reads too.  [default: a file "
+    "for each]",
+)
+@click.option(
     "--seed",
     type=click.IntRange(0, 2**63 - 1),
     default=0,
@@ -61,6 +67,7 @@ def data(
     captions: Path | None,
     count: int | None,
     batch: int,
+    shard_size: int | None,
     seed: int,
     device: str,
 ) -> None:
@@ -92,6 +99,7 @@ def data(
                 out,
                 world,
                 batch=batch,
+                shard_size=shard_size,
                 progress=lambda done, total: task.update(done, total, f"{done}/{total}"),
             )
             task.finish(f"{len(lines)} clips")

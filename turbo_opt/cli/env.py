@@ -19,7 +19,7 @@ _EXTRAS = {
     "modelopt": ("modelopt",),
     "torchao": ("torchao",),
     "sage": ("sageattention", "spas_sage_attn"),
-    "train": ("tensorboard", "webdataset", "matplotlib"),
+    "train": ("tensorboard", "matplotlib"),
 }
 _TOKENS, _CHANNELS = 256, 1536
 

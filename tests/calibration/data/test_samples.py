@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.calibration.conftest import LATENTS, TEXT_DIM, TEXT_LENGTH
+from turbo_opt.calibration.data import listed
 from turbo_opt.calibration.data.samples import SampleSet, write_sample
 from turbo_opt.errors import BadInput
 
@@ -42,12 +43,15 @@ def test_an_empty_prompt_of_zeros_keeps_one_position(samples_folder) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"latents": torch.zeros(16, 2, 16, 18)}, "16×2×16×18, the index says 16×2×16×16"),
+        ({"latents": torch.zeros(16, 2, 16, 18)}, "16×2×16×18, must be 16×2×16×16"),
         ({"latents": None}, "has no 'latents', only prompt_embeds"),
         ({"latents": torch.full(LATENTS, torch.nan)}, "latents holds values that are not finite"),
         ({"latents": torch.zeros(LATENTS, dtype=torch.int8)}, "must be floating point"),
-        ({"prompt_embeds": torch.zeros(17, TEXT_DIM)}, "has 17 positions, the index allows 16"),
-        ({"prompt_embeds": torch.zeros(2, 9)}, "2×9, the index says any×32"),
+        (
+            {"prompt_embeds": torch.zeros(17, TEXT_DIM)},
+            "has 17 positions, the set's text_length is 16",
+        ),
+        ({"prompt_embeds": torch.zeros(2, 9)}, "2×9, must be any×32"),
     ],
 )
 def test_a_broken_sample_is_skipped_with_its_reason(samples_folder, changes, reason) -> None:
@@ -117,7 +121,7 @@ def test_places_that_an_index_must_not_name(samples_folder, file, reason) -> Non
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "has no index.json; turbo-opt calibrate data makes such a folder"),
+        (None, "has no index.json and no .tar shards; turbo-opt calibrate data makes"),
         ("{", "not an index of samples"),
         ('{"format": 2}', r"not an index of samples \(format: input should be 1"),
         (
@@ -131,6 +135,31 @@ def test_a_folder_without_a_right_index_is_refused(tmp_path: Path, content, mess
         (tmp_path / "index.json").write_text(content)
     with pytest.raises(BadInput, match=message):
         SampleSet.open(tmp_path)
+
+
+def test_a_set_that_is_still_being_made_is_refused(samples_folder) -> None:
+    folder = samples_folder()
+    (folder / "index.json").rename(folder / "making.json")
+    with pytest.raises(BadInput, match="was stopped; the same command goes on"):
+        SampleSet.open(folder)
+
+
+def test_a_cut_tar_is_looked_at_once_for_all_its_samples(samples_folder, monkeypatch) -> None:
+    folder = samples_folder()
+    index = json.loads((folder / "index.json").read_text())
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        for record in index["samples"]:
+            archive.add(folder / record["file"], record["file"])
+            record["file"] = f"a.tar/{record['file']}"
+    (folder / "index.json").write_text(json.dumps(index))
+    whole = (folder / "a.tar").read_bytes()
+    (folder / "a.tar").write_bytes(whole[: len(whole) // 2])
+    looks = []
+    real = listed.members
+    monkeypatch.setattr(listed, "members", lambda path: looks.append(path) or real(path))
+    with pytest.raises(BadInput, match=r"8 of 8 samples are broken.*a.tar is .*cut off"):
+        SampleSet.open(folder)
+    assert len(looks) == 1
 
 
 def test_a_missing_empty_prompt_names_the_command_that_makes_it(samples_folder) -> None:

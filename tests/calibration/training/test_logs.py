@@ -39,12 +39,25 @@ def test_rows_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_tensorboard_events_are_written_where_it_is_installed(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+def events(folder: Path) -> list[tuple[int, float]]:
+    """(step, loss) as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder / "tensorboard"))
+    found.Reload()
+    return [(event.step, event.value) for event in found.Scalars("loss")]
+
+
+def test_tensorboard_shows_each_step_once_too(tmp_path: Path) -> None:
     log = Log(tmp_path, 0, tensorboard=True)
-    log.add(1, {"loss": 0.5})
+    for step in range(1, 4):
+        log.add(step, {"loss": step / 2})
     log.close()
-    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert events(tmp_path) == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    resumed = Log(tmp_path, 1, tensorboard=True)
+    resumed.add(2, {"loss": 0.25})
+    resumed.close()
+    assert events(tmp_path) == [(1, 0.5), (2, 0.25)]
 
 
 def test_a_missing_tensorboard_says_how_to_install_it(monkeypatch) -> None:
