@@ -186,4 +186,6 @@ def _shard(network: nn.Module, world: World) -> None:
 
     for block in network.blocks:  # type: ignore[union-attr]
         fully_shard(block, mesh=world.mesh)
-    fully_shard(network, mesh=world.mesh)
+    # The outermost group too is split again after each forward: left whole by an evaluation, it
+    # would take its values, those of the average, into the next step.
+    fully_shard(network, mesh=world.mesh, reshard_after_forward=True)

@@ -70,9 +70,9 @@ def write_samples(
     return folder
 
 
-def write_teacher(folder: Path) -> Path:
+def write_teacher(folder: Path, seed: int = 0) -> Path:
     """A random two-layer Wan in which attention is sharp and passes through open gates."""
-    write_tiny_folder(folder)
+    write_tiny_folder(folder, seed=seed)
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     for name, value in weights.items():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.calibration.conftest import JOB, ROUTER_JOB
+from tests.calibration.conftest import JOB, ROUTER_JOB, write_teacher
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
 from turbo_opt.calibration.sla.run import train_sla
@@ -46,11 +46,16 @@ def train_alone(
 def trained(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same jobs on one process and on two.
 
-    `alone`, `data` and `context` tune for SLA; `router alone` and `router` are stage 1 of SLA2,
-    `routed alone` and `routed` stage 2.
+    `alone`, `data` and `context` tune for SLA, `companion alone` and `companion` in turns with
+    another model and with an average of the weights; `router alone` and `router` are stage 1 of
+    SLA2, `routed alone` and `routed` stage 2.
     """
     out = tmp_path_factory.mktemp("two")
     (home / "router.yaml").write_text(ROUTER_JOB)
+    other = write_teacher(out / "other", seed=1)
+    averaged = JOB.replace("rate: 3.0e-4", "rate: 3.0e-4, average: 0.5")
+    companion = f"companions: [{{source: {other}, noise: {{low: 0.5}}}}]\n"
+    (home / "companion.yaml").write_text(averaged + companion)
     start = (
         f"mode: sla2, topk: 0.5, block_q: 64, block_k: 64}}\nstudent: {{start: {out}/start/model}}"
     )
@@ -74,12 +79,13 @@ def trained(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     train_alone(home, out / "alone")
+    train_alone(home, out / "companion alone", job="companion")
     train_alone(home, out / "routed alone", job="routed")
     return out
 
 
 PAIRS = [("alone", "data"), ("alone", "context")]
-PAIRS += [("router alone", "router"), ("routed alone", "routed")]
+PAIRS += [("companion alone", "companion"), ("router alone", "router"), ("routed alone", "routed")]
 each_pair = pytest.mark.parametrize(("one", "two"), PAIRS, ids=[pair[1] for pair in PAIRS])
 
 

@@ -29,6 +29,8 @@ def main(home: Path, out: Path) -> None:
         train_router(
             load_job(home / "router.yaml", RouterJob), out / "router", data, progress=quiet
         )
+        led = load_job(home / "companion.yaml", SLAJob)
+        train_sla(led, out / "companion", context, progress=quiet)
         routed = load_job(home / "routed.yaml", SLAJob)
         train_sla(routed, out / "routed", context, progress=quiet)
         # Stopped after the third step, and gone on.
