@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 
+from turbo_opt.calibration.data.samples import EMPTY_PROMPT, INDEX, LATENTS
 from turbo_opt.calibration.training.dcp import METADATA, read_metadata, read_tensors
 from turbo_opt.checkpoints.names import diffusers_name, original_name, without_prefix
 from turbo_opt.checkpoints.reader import read_network
@@ -31,6 +32,10 @@ _PATCH_EMBEDDING = "patch_embedding.weight"
 _PATCH = (1, 2, 2)
 """Frames, rows and columns of a patch, in every Wan."""
 WRITTEN = (".safetensors", ".pth", ".dcp")
+_HOLD_WEIGHTS = (
+    "weights are in the `model` folder and the checkpoints of a job, in a diffusers folder, or in "
+    "a .safetensors or .pth file"
+)
 
 
 def convert(source: Path, out: Path, network: str = "student", average: bool = True) -> int:
@@ -71,11 +76,16 @@ def read_weights(source: Path, network: str = "student", average: bool = True) -
     """The weights of one network under diffusers' names, on the CPU.
 
     Raises:
-        BadInput: it cannot be read, or two of its tensors have one name.
+        BadInput: it cannot be read, holds samples, or two of its tensors have one name.
     """
+    if any((source / name).is_file() for name in (INDEX, EMPTY_PROMPT)):
+        raise BadInput(f"{source}: is a set of samples to learn from; {_HOLD_WEIGHTS}")
     if not (source / METADATA).is_file():
         place = source / "transformer" if (source / "transformer").is_dir() else source
-        found = {name: lazy.load() for name, lazy in read_network(place).tensors.items()}
+        tensors = read_network(place).tensors
+        if LATENTS in tensors:
+            raise BadInput(f"{source}: is a sample, with the latents of a clip; {_HOLD_WEIGHTS}")
+        found = {name: lazy.load() for name, lazy in tensors.items()}
         return {name: _as_convolution(name, value) for name, value in found.items()}
     stored = _chosen(source, network, average)
     metadata = read_metadata(source).state_dict_metadata

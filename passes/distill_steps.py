@@ -44,6 +44,10 @@ class DistillSteps(Pass):
     establishes = frozenset({Fact.DISTILLED})
     conflicts = frozenset({Fact.CHANNELS_BALANCED, Fact.DISTILLED, Fact.LINEAR_QUANTIZED})
     numerics = Numerics.RETRAINED
+    missing_weights_hint = (
+        "`turbo-opt calibrate rcm` trains a student; released ones are on the hub, for 1.3B "
+        "TurboDiffusion/TurboWan2.1-T2V-1.3B-480P/TurboWan2.1-T2V-1.3B-480P.pth"
+    )
     brings_weights = True
 
     class Options(PassOptions):
@@ -111,7 +115,8 @@ def _student(weights: NetworkWeights, rule: str) -> Student | None:
     if found is None and rule == "declared":
         raise BadInput(
             f"{weights.place}: does not say that it is a distilled student, by `distillation: rcm` "
-            "in its metadata or in a JSON beside it; if it is one, `student: assume` takes it"
+            "in its metadata or in a JSON beside it; if it is one, `student: assume` takes it; "
+            "`turbo-opt calibrate rcm` makes one that says so"
         )
     return found
 
@@ -129,7 +134,10 @@ def _exchange(denoiser: Denoiser, weights: NetworkWeights) -> list[str]:
     if missing or unknown:
         lines = [f"{len(missing)} weights are missing: {listed(missing)}"] if missing else []
         lines += [f"{len(unknown)} are not the model's: {listed(unknown)}"] if unknown else []
-        raise BadInput(f"{what}: {'; '.join(lines)}")
+        raise BadInput(
+            f"{what}: {'; '.join(lines)}; a student has all weights of its model, as "
+            "`turbo-opt calibrate rcm` makes it"
+        )
     found = fit_to_graph(what, weights.tensors, shapes)
     found |= {name: tensor for name, tensor in weights.tensors.items() if name not in shapes}
     for name, tensor in found.items():

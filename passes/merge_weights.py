@@ -55,6 +55,10 @@ class MergeWeights(Pass):
     name = "merge-weights"
     conflicts = frozenset({Fact.CHANNELS_BALANCED, Fact.LINEAR_QUANTIZED})
     numerics = Numerics.RETRAINED
+    missing_weights_hint = (
+        "they come from another training, such as `turbo-opt calibrate sla` for sparse-linear "
+        "attention; without one, leave this pass out: `--disable merge-weights`"
+    )
     brings_weights = True
 
     class Options(PassOptions):

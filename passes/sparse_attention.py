@@ -66,7 +66,7 @@ class SparseAttention(Pass):
     missing_weights_hint = (
         "it is not tuned for SLA; `proj_l: zero` runs the training-free form, without the "
         "linear branch; `turbo-opt calibrate sla` tunes a model, or with --closed-form only "
-        "solves its proj_l"
+        "solves its proj_l; `merge-weights` before this pass takes the tuning of another checkpoint"
     )
 
     class Options(PassOptions):

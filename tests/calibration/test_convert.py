@@ -78,6 +78,19 @@ def test_a_diffusers_folder_is_read(home: Path, tmp_path: Path) -> None:
     assert_same(load_file(tmp_path / "out.safetensors"), load_file(home / "teacher" / TEACHER))
 
 
+def test_samples_are_not_weights(home: Path, samples_folder, tmp_path: Path) -> None:
+    folder = samples_folder(2)
+    where = "weights are in the `model` folder and the checkpoints of a job"
+    with pytest.raises(BadInput, match=f"samples: is a set of samples to learn from; {where}"):
+        convert(folder, tmp_path / "out.safetensors")
+    (folder / "index.json").unlink()  # as a set that is still being made
+    with pytest.raises(BadInput, match="is a set of samples to learn from"):
+        convert(folder, tmp_path / "out.safetensors")
+    with pytest.raises(BadInput, match=r"000001\.safetensors: is a sample, with the latents of"):
+        convert(folder / "000001.safetensors", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_what_cannot_be_written(weights, home: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"cannot write '\.bin'; use \.safetensors, \.pth or \.dcp"):
         convert(home / "teacher", tmp_path / "out.bin")

@@ -61,6 +61,16 @@ def test_quantized_weights_are_refused(tmp_path, dtype):
         read_network(tmp_path / "q.safetensors")
 
 
+def test_counters_of_a_training_are_no_weights(tmp_path):
+    counters = {
+        "net.accum_iteration": torch.tensor(1000),
+        "net.accum_video_sample_counter": torch.tensor(64000),
+        "net.accum_train_in_hours": torch.tensor(3.5),
+    }
+    torch.save({**counters, "net.head.head.bias": torch.ones(2)}, tmp_path / "student.pt")
+    assert list(read_network(tmp_path / "student.pt").tensors) == ["proj_out.bias"]
+
+
 def test_long_lists_of_names_are_cut():
     assert listed("cab") == "a, b, c"
     assert listed("gfedcba") == "a, b, c, d, e and 2 more"
@@ -103,7 +113,8 @@ def test_a_pair_of_experts_is_a_folder_with_both_or_a_mapping(here):
     [
         ("none", ONE, r"no weights 'none': neither a name in the recipe's `weights` \(student\)"),
         ("studen", ONE, "did you mean 'student'"),
-        ("student", ONE, r"no weights 'student' \(./gone.pth\)"),
+        ("student", ONE, r"no weights 'student' \(./gone.pth\): no such file or .* nor a hub id$"),
+        ("sla", ONE, r"nor a hub id; `--set weights.sla=…` gives them$"),
         ("pair", ONE, "pair: has a second expert, transformer_2, which the model has not"),
         (
             "one.pth",

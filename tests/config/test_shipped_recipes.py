@@ -17,32 +17,72 @@ SPARSE = {name for name in SHIPPED if name.endswith("-sparse")}
 ATTENTION_PASSES = {"sparse": "sparse-attention", "sage": "sage-attention"}
 VARIATIONS = {name for name in SHIPPED if name.rpartition("-")[2] in ATTENTION_PASSES}
 TURBO = {name for name in SHIPPED if name.endswith("-turbo")}
+MERGING = {name for name in SHIPPED if name.endswith("-turbo-merge")}
 MODELS = {name.partition("/")[0] for name in SHIPPED}
+GPUS = ("h200", "rtx4090", "rtx5090")
+BRING_WEIGHTS = ("distill-steps", "merge-weights")
 
 
 def test_every_model_has_a_recipe_for_every_machine():
     assert len(MODELS) == 11
-    machines = ("cpu", "h200", "rtx4090", "rtx5090")
-    dense = {f"{model}/{machine}" for model in MODELS for machine in machines}
-    assert dense == set(SHIPPED) - VARIATIONS - TURBO
+    dense = {f"{model}/{machine}" for model in MODELS for machine in ("cpu", *GPUS)}
+    assert dense == set(SHIPPED) - VARIATIONS - TURBO - MERGING - {"tiny-wan/cpu-all"}
 
 
-def test_a_turbo_recipe_is_the_dense_one_with_a_student_of_few_steps():
-    assert {"tiny-wan/cpu-turbo"} == TURBO
-    for name in TURBO:
-        recipe, dense = load_recipe(name), load_recipe(name.removesuffix("-turbo"))
-        (first, *rest), others = recipe.specs(), dense.specs()
-        assert first.name == "distill-steps"
-        assert rest == list(others)
-        assert recipe.target == dense.target
+def on_gpus(models, variation):
+    return {f"{model}/{gpu}-{variation}" for model in models for gpu in GPUS}
+
+
+def test_large_models_with_released_students_have_recipes_of_few_steps():
+    text = {"wan2.1-t2v-1.3b", "wan2.1-t2v-14b"}
+    assert on_gpus({*text, "wan2.2-i2v-a14b"}, "turbo") | {"tiny-wan/cpu-turbo"} == TURBO
+    assert on_gpus(text, "turbo-merge") == MERGING
+
+
+@pytest.mark.parametrize("name", sorted(TURBO | MERGING))
+def test_a_turbo_recipe_is_the_dense_one_with_a_student_of_few_steps(name):
+    recipe, dense = load_recipe(name), load_recipe(name.partition("-turbo")[0])
+    names = [spec.name for spec in recipe.specs()]
+    assert names[0] == "distill-steps"
+    added = {*BRING_WEIGHTS, "sparse-attention"}
+    assert tuple(spec for spec in recipe.specs() if spec.name not in added) == dense.specs()
+    assert recipe.target == dense.target
+    assert not recipe.verify.end_to_end  # another model's predictions are no measure
+
+
+@pytest.mark.parametrize("name", sorted((TURBO | MERGING) - {"tiny-wan/cpu-turbo"}))
+def test_a_turbo_recipe_for_a_gpu_is_the_sparse_one_with_weights_before_it(name):
+    recipe = load_recipe(name)
+    sparse = load_recipe(f"{name.partition('-turbo')[0]}-sparse").specs()
+    weights = BRING_WEIGHTS if name in MERGING else BRING_WEIGHTS[:1]
+    assert tuple(spec.name for spec in recipe.specs()[: len(weights)]) == weights
+    assert recipe.specs()[len(weights) :] == sparse
+
+
+@pytest.mark.parametrize("name", sorted(MERGING))
+def test_merging_differs_in_the_second_checkpoint_alone(name):
+    recipe, turbo = load_recipe(name), load_recipe(name.removesuffix("-merge"))
+    assert tuple(spec for spec in recipe.specs() if spec.name != "merge-weights") == turbo.specs()
+    assert recipe.weights == {"base": recipe.model.source}
+
+
+def test_tiny_wan_has_on_a_cpu_all_that_gpu_recipes_do_to_a_graph():
+    def passes(names):
+        return {spec.name for name in names for spec in load_recipe(name).specs()}
+
+    gpu = {name for name in SHIPPED if not name.partition("/")[2].startswith("cpu")}
+    assert passes(gpu) - {"merge-weights"} == passes(["tiny-wan/cpu-all"])
 
 
 def test_text_and_image_models_have_sparse_recipes_for_gpus():
     models = {name.partition("/")[0] for name in SPARSE}
     assert len(models) == 7
-    gpus = {"h200-sparse", "rtx4090-sparse", "rtx5090-sparse"}
-    for model in models - {"tiny-wan"}:
-        assert {name.partition("/")[2] for name in SPARSE if name.startswith(model)} == gpus
+    assert on_gpus(models - {"tiny-wan"}, "sparse") | {"tiny-wan/cpu-sparse"} == SPARSE
+
+
+def test_every_large_model_has_recipes_with_attention_in_8_bits():
+    sage = {name for name in SHIPPED if name.endswith("-sage")}
+    assert on_gpus(MODELS - {"tiny-wan"}, "sage") | {"tiny-wan/cpu-sage"} == sage
 
 
 @pytest.mark.parametrize("name", sorted(VARIATIONS))

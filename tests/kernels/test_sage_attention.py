@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
+import re
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -31,6 +34,7 @@ DTYPES = {"reference": torch.float32, "triton": torch.float16, "sdpa": torch.flo
 PROVIDERS = list(DTYPES)
 QUANTIZED = ["reference", "triton"]
 PV = list(LARGEST_ERROR)
+RECORDS = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels.json"
 SHAPES = [  # batch, heads, queries, keys, head dimension
     (1, 1, 1, 1, 128),
     (1, 2, 1, 150, 128),
@@ -270,6 +274,20 @@ def arguments(queries=32760, keys=32760, dtype=torch.bfloat16, head_dim=128, **c
 )
 def test_choice_on_described_devices(device_name, changes, provider):
     assert choose("sage_attention", device_name, *arguments(**changes)) == provider
+
+
+def test_on_an_h200_the_choice_is_what_was_measured_to_be_faster():
+    milliseconds: dict[tuple[int, int], dict[str, float]] = {}
+    for record in json.loads(RECORDS.read_text()):
+        shape = re.fullmatch(r"h200/sage_attention/(?:\w+/)?\d+x(\d+)x(\d+)_ms", record["name"])
+        if shape is not None:
+            times = milliseconds.setdefault((int(shape[1]), int(shape[2])), {})
+            times[record["config"]["provider"]] = record["value"]
+    assert {512, 32760} <= {keys for _, keys in milliseconds}
+    for (queries, keys), times in milliseconds.items():
+        assert times.keys() == {"triton", "sdpa"}
+        chosen = choose("sage_attention", "sm90", *arguments(queries, keys))
+        assert chosen == min(times, key=times.__getitem__)
 
 
 def test_what_is_not_served_is_explained():

@@ -91,7 +91,7 @@ def test_weights_that_do_not_say_they_are_distilled_are_refused(program, student
     with pytest.raises(BadInput) as error:
         run(program, "distill-steps{weights=student}", student=place)
     assert "does not say that it is a distilled student, by `distillation: rcm`" in str(error.value)
-    assert "`student: assume` takes it" in str(error.value)
+    assert "`student: assume` takes it; `turbo-opt calibrate rcm` makes one" in str(error.value)
     place.with_suffix(".json").write_text(json.dumps({"distillation": "rcm"}))
     assert run(program, "distill-steps{weights=student}", student=place).schedule.evaluations == 4
 
@@ -137,11 +137,11 @@ def test_students_that_say_different_noise_levels_leave_it_to_the_recipe(tmp_pat
     [
         (
             lambda t: {n: v for n, v in t.items() if not n.startswith("proj_out")},
-            "2 weights are missing: proj_out.bias, proj_out.weight",
+            "2 weights are missing: proj_out.bias, proj_out.weight; a student has all weights",
         ),
         (
             lambda t: t | {"blocks.2.norm2.weight": torch.ones(2)},
-            "1 are not the model's: blocks.2.norm2.weight",
+            "1 are not the model's: blocks.2.norm2.weight; .* as `turbo-opt calibrate rcm` makes",
         ),
         (
             lambda t: part_of(t, 3) | {"other": torch.ones(2)},

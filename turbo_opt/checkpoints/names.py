@@ -62,6 +62,14 @@ _PREFIXES = (
     "transformer.",
     "transformer_2.",
 )
+_TRAINING_COUNTERS = frozenset(
+    {
+        "accum_video_sample_counter",
+        "accum_image_sample_counter",
+        "accum_iteration",
+        "accum_train_in_hours",
+    }
+)
 _KEPT_ASIDE = re.compile(r"\.((proj_l|alpha)\.(weight|bias)|router\.proj_[qk]\.weight)$")
 
 
@@ -70,6 +78,12 @@ def without_prefix(name: str) -> str:
     while name.startswith(_PREFIXES):
         name = name.removeprefix(next(prefix for prefix in _PREFIXES if name.startswith(prefix)))
     return name
+
+
+def is_training_counter(name: str) -> bool:
+    """Whether `name`, without prefix, counts steps or samples, as buffers of networks that NVIDIA's
+    framework for Cosmos trained do: nothing that a network computes with."""
+    return name in _TRAINING_COUNTERS
 
 
 def diffusers_name(name: str) -> str:

@@ -24,6 +24,10 @@ _STUDENT_NOTE = "distillation.json"
 _HUB_FOLDERS = ["transformer/*", "transformer_2/*", "*.json"]
 
 
+class WeightsNotGiven(BadInput):
+    """A pass names weights that the recipe does not have."""
+
+
 def locate(
     ref: WeightsRef,
     denoisers: Sequence[str],
@@ -141,12 +145,17 @@ def _find(source: str, checkpoints: Mapping[str, str]) -> Path:
         return _from_hub(place, lambda local: _folder(place, local))
     if plain and len(parts) > 2 and place.endswith(FILE_SUFFIXES):
         return _from_hub(place, lambda local: _file(parts, local))
-    shown = f"{source!r} ({place})" if source in checkpoints else repr(source)
-    raise BadInput(
-        f"no weights {shown}: neither a name in the recipe's `weights` "
-        f"({', '.join(sorted(checkpoints)) or 'it has none'}), nor a file or folder, nor a hub id"
-        f"{nearest(source, checkpoints)}"
+    if source in checkpoints:
+        raise BadInput(f"no weights {source!r} ({place}): no such file or folder, nor a hub id")
+    named = f"({', '.join(sorted(checkpoints)) or 'it has none'})"
+    guess = nearest(source, checkpoints)
+    message = (
+        f"no weights {source!r}: neither a name in the recipe's `weights` {named}, nor a file or "
+        f"folder, nor a hub id{guess}"
     )
+    if guess or not source.isidentifier():
+        raise BadInput(message)
+    raise WeightsNotGiven(f"{message}; `--set weights.{source}=…` gives them")
 
 
 def _from_hub(source: str, fetch: Callable[[bool], str]) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from turbo_opt.checkpoints.names import diffusers_name, without_prefix
+from turbo_opt.checkpoints.names import diffusers_name, is_training_counter, without_prefix
 from turbo_opt.checkpoints.places import adapter_config, files_in, student_notes
 from turbo_opt.errors import BadInput
 from turbo_opt.ir.tensor_files import open_tensor_file
@@ -43,6 +43,8 @@ class NetworkWeights:
 def read_network(place: Path) -> NetworkWeights:
     """The weights in a file or folder; names and shapes are read, no numbers.
 
+    Counters of a training that lie among the weights are left out.
+
     Raises:
         BadInput: the files are damaged, hold two names of one weight, or hold quantized weights.
     """
@@ -50,12 +52,15 @@ def read_network(place: Path) -> NetworkWeights:
     metadata: dict[str, str] = {}
     written_as: dict[str, str] = {}
     for key, tensor in stored_tensors(place, metadata):
+        bare = without_prefix(key)
+        if is_training_counter(bare):
+            continue
         if tensor.dtype not in _FLOATS:
             raise BadInput(
                 f"{place}: {key!r} is {_name(tensor.dtype)}, so the weights are quantized; they "
                 "are needed in 16 or 32 bits"
             )
-        name = diffusers_name(without_prefix(key))
+        name = diffusers_name(bare)
         if name in tensors:
             raise BadInput(
                 f"{place}: {written_as[name]!r} and {key!r} are both the weight {name!r}"

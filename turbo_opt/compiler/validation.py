@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from turbo_opt.checkpoints.places import WeightsNotGiven
 from turbo_opt.compiler.base import Pass, PassOptions, get_pass, registered_passes
 from turbo_opt.compiler.pipeline import PassSpec, validate_options
 from turbo_opt.errors import BadInput
@@ -88,6 +89,9 @@ def check_files(planned: Sequence[PlannedPass]) -> None:
     for item in planned:
         try:
             item.pass_class.files_read(item.options, item.checkpoints)
+        except WeightsNotGiven as error:
+            hint = item.pass_class.hint_about_weights(item.options)
+            raise item.spec.error(f"{error}{': ' if hint else ''}{hint}") from None
         except BadInput as error:
             raise item.spec.error(str(error)) from None
 
