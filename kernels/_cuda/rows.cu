@@ -5,8 +5,8 @@
 //
 // With ROTATE, channels 2i and 2i + 1 of each head of 128 then turn by the token's i-th angle.
 //
-// A team of TEAM warps takes a row and keeps it in registers; or ROWS rows, 2 or 4, without a branch,
-// where gain and bias are those of all and are read once. CHANNELS is a multiple of 256 · TEAM. BRANCH, GATE, GAIN
+// A team of TEAM warps takes a row and keeps it in registers; or two, ROWS, without a branch, where
+// gain and bias are those of both and are read once. CHANNELS is a multiple of 256 · TEAM. BRANCH, GATE, GAIN
 // and BIAS say which of them there are; without GAIN, OFFSET + gain is 1. OUTPUT: 0 none, 1 bf16,
 // 2 e4m3 with a scale per 128 channels. PROGRAMS share a multiprocessor at least.
 //
@@ -15,14 +15,15 @@
 
 constexpr int STRIDE = 256 * TEAM, CHUNKS = CHANNELS / STRIDE;  // channels per step, steps
 
-// Sums of N numbers over a team's lanes; `places` are the program's. Lanes share the work: with each
-// exchange a lane keeps half of its numbers and gives away the other half.
-template <int N> DEVICE void team_sums(float (&x)[N]) {
+typedef float Places[2][2 * ROWS][WARPS];  // of a program: for two sums, one after the other
+
+// Sums of N numbers over a team's lanes. Lanes share the work: with each exchange a lane keeps half
+// of its numbers and gives away the other half.
+template <int N> DEVICE void team_sums(float (&x)[N], float (&places)[2 * ROWS][WARPS]) {
 #if TEAM == 1
 #pragma unroll
     for (int n = 0; n < N; n++) x[n] = warp_sum(x[n]);
 #else
-    __shared__ float places[N][WARPS];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int lanes = 16;
 #pragma unroll
@@ -59,11 +60,11 @@ DEVICE void stay_packed(Chunk (&kept)[ROWS][CHUNKS]) {
 }
 
 // 1 / √(variance + eps) of each row, and −mean times that; without CENTERED the mean is taken as 0.
-// One pass: squares are summed about the pivot, a value of the row, so that neither a mean nor an
-// outlier that is large beside the deviation costs more digits than the row's length.
-DEVICE void measure(const Chunk (&kept)[ROWS][CHUNKS], const float (&pivots)[ROWS], float eps,
-                    float (&rstd)[ROWS], float (&offset)[ROWS]) {
-    float sums[2 * ROWS] = {};
+// Squares are summed as they are. Where most of them is the mean's, what is left has lost digits: the
+// team then sums them again, about the mean, of the rows in memory, so that few registers are needed.
+DEVICE void measure(const Chunk (&kept)[ROWS][CHUNKS], const u16 *rows, long long row_stride,
+                    float eps, float (&rstd)[ROWS], float (&offset)[ROWS], Places &places) {
+    float sums[(1 + CENTERED) * ROWS] = {};
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
@@ -72,18 +73,42 @@ DEVICE void measure(const Chunk (&kept)[ROWS][CHUNKS], const float (&pivots)[ROW
             unpack(kept[r][c], values);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                const float apart = CENTERED ? values[i] - pivots[r] : values[i];
-                if (CENTERED) sums[2 * r] += apart;
-                sums[2 * r + 1] = fmaf(apart, apart, sums[2 * r + 1]);
+                sums[r] = fmaf(values[i], values[i], sums[r]);
+                if (CENTERED) sums[r + CENTERED * ROWS] += values[i];
             }
         }
-    team_sums(sums);
+    team_sums(sums, places[0]);
+    float means[ROWS], variances[ROWS];
+    bool lost = false;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        const float apart = sums[2 * r] * (1.0f / CHANNELS);
-        const float square = sums[2 * r + 1] * (1.0f / CHANNELS);
-        rstd[r] = rsqrtf(fmaxf(fmaf(-apart, apart, square), 0.0f) + eps);
-        offset[r] = -(pivots[r] + apart) * rstd[r];
+        const float square = sums[r] * (1.0f / CHANNELS);
+        means[r] = CENTERED ? sums[r + CENTERED * ROWS] * (1.0f / CHANNELS) : 0.0f;
+        variances[r] = fmaf(-means[r], means[r], square);
+        lost |= variances[r] < square * (1.0f / 32.0f);
+    }
+    if (CENTERED && lost) {
+        float again[ROWS] = {};
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+#pragma unroll 1
+            for (int c = 0; c < CHUNKS; c++) {
+                float values[8];
+                unpack(*(const Chunk *)(rows + r * row_stride + STRIDE * c), values);
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const float apart = values[i] - means[r];
+                    again[r] = fmaf(apart, apart, again[r]);
+                }
+            }
+        team_sums(again, places[1]);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) variances[r] = again[r] * (1.0f / CHANNELS);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        rstd[r] = rsqrtf(variances[r] + eps);
+        offset[r] = -means[r] * rstd[r];
     }
 }
 
@@ -159,13 +184,6 @@ DEVICE void load_parameter(const Parameter *at, float (&values)[8]) {
 }
 #endif
 
-DEVICE float value_at(const u16 *at) { return __uint_as_float((u32)*at << 16); }
-DEVICE float value_at(const float *at) { return *at; }
-
-DEVICE float middle(float a, float b, float c) {
-    return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c));
-}
-
 #if ROTATE
 // A lane's four pairs: the same ones of a head in all of its chunks.
 DEVICE void rotate(float (&values)[8], const float4 &cos, const float4 &sin) {
@@ -203,31 +221,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) process_rows(
     const int here = min(ROWS, length - token);  // rows of this team
     x += batch * x_batch + token * x_row;
     Chunk kept[ROWS][CHUNKS];
-    float pivots[ROWS];  // the first value of a row; with a branch, the middle one of the first three
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         const u16 *from = r < here ? x + r * x_row : x;
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++)
             kept[r][c] = *(const Chunk *)(from + STRIDE * c + 8 * lane);
-        pivots[r] = CENTERED && !BRANCH ? value_at(from) : 0.0f;
     }
 #if BRANCH
-    branch += batch * branch_batch + token * branch_row;
+    branch += batch * branch_batch + token * branch_row + 8 * lane;
 #if GATE
-    gate += batch * gate_batch + token * gate_row;
+    gate += batch * gate_batch + token * gate_row + 8 * lane;
 #endif
-#if CENTERED
-    float firsts[3];
-#pragma unroll
-    for (int i = 0; i < 3; i++)
-        firsts[i] = fmaf(value_at(branch + i), GATE ? value_at(gate + i) : 1.0f, value_at(x + i));
-    pivots[0] = middle(firsts[0], firsts[1], firsts[2]);
-#endif
-#if GATE
-    gate += 8 * lane;
-#endif
-    branch += 8 * lane;
     stream += ((long long)batch * length + token) * CHANNELS + 8 * lane;
     Chunk added[CHUNKS];
 #pragma unroll
@@ -252,7 +257,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PROGRAMS) process_rows(
 #endif
 #if OUTPUT
     float rstd[ROWS], offset[ROWS];
-    measure(kept, pivots, eps, rstd, offset);
+    __shared__ Places places;
+#if BRANCH
+    measure(kept, stream, 0, eps, rstd, offset, places);
+#else
+    measure(kept, x + 8 * lane, here == ROWS ? x_row : 0, eps, rstd, offset, places);
+#endif
     stay_packed(kept);
 #if GAIN
     gain += batch * gain_batch + token * gain_row + 8 * lane;

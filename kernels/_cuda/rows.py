@@ -97,7 +97,7 @@ def process_rows(
     batch, length, channels = rows_BLC.shape
     added = _aligned_rows(branch.y) if branch else None
     gate, gain, bias = _parameters((branch.gate if branch else None, gain, bias), rows_BLC)
-    shape = _shape(channels, branch is not None, tables is not None, (gain, bias))
+    shape = _shape(channels, branch is not None, tables is not None, centered, (gain, bias))
     narrow = any(p is not None and p.dtype is torch.bfloat16 for p in (gate, gain, bias))
     defines = {
         "CHANNELS": channels,
@@ -158,7 +158,11 @@ def quantize_groups(x: torch.Tensor, *, gelu: bool) -> tuple[torch.Tensor, torch
 
 
 def _shape(
-    channels: int, branch: bool, rotated: bool, parameters: tuple[torch.Tensor | None, ...]
+    channels: int,
+    branch: bool,
+    rotated: bool,
+    centered: bool,
+    parameters: tuple[torch.Tensor | None, ...],
 ) -> Shape:
     """As measured on an H200 with 1536 and 5120 channels: rows in flight against registers."""
     steps = channels // CHANNELS_PER_STEP
@@ -167,11 +171,13 @@ def _shape(
         team = _team(steps, 6)
         return Shape(8, 4 if steps <= 5 * team else 3, team, 1)
     if branch or not shared:
-        return Shape(8, 2 if branch else 4, _team(steps, 6), 1)
+        return Shape(8, 2, _team(steps, 5), 1) if branch else Shape(8, 4, _team(steps, 6), 1)
     team = _team(steps, 5)
     if steps <= 3 * team:
-        return Shape(8, 3, team, 2)
-    return Shape(4, 5 if steps <= 5 * team else 2, team, 2)
+        return Shape(8, 4 if centered else 3, team, 2)
+    if steps > 5 * team:
+        return Shape(4, 2, team, 2)
+    return Shape(8, 3, team, 2) if centered else Shape(4, 5, team, 2)
 
 
 def _team(steps: int, most: int) -> int:

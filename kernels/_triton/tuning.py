@@ -1,7 +1,8 @@
 """Choose a kernel's configuration by timing a few, once per problem, and remember it.
 
 Unlike `triton.autotune` it costs a dictionary look-up per launch, no more, and while a CUDA graph
-is being captured it takes the first configuration instead of measuring.
+is being captured it takes the first configuration instead of measuring. What was measured is kept
+on disk (see `tuning_file`), so later processes do not measure again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from .support import interpreting
+from .tuning_file import keep_choice, kept_choice
 
 AUTOTUNE_VARIABLE = "TURBO_OPT_AUTOTUNE"  # "0": always take the first configuration
 WARMUP_LAUNCHES = 3
@@ -35,23 +37,39 @@ def fastest(
     known = _fastest.get(problem)
     if known is not None:
         return known  # type: ignore[return-value]
-    if not _may_measure():
+    if len(configs) == 1 or interpreting() or os.environ.get(AUTOTUNE_VARIABLE) == "0":
         return configs[0]
-    times = [_milliseconds(lambda config=config: launch(config)) for config in configs]  # type: ignore[misc]
-    best = configs[times.index(min(times))]
+    name = _name_on_any_device(problem)
+    kept = kept_choice(name)
+    for config in configs:
+        if repr(config) == kept:
+            _fastest[problem] = config
+            return config
+    if torch.cuda.is_current_stream_capturing():
+        return configs[0]
+    best, milliseconds = _measure(configs, launch)
+    if math.isfinite(milliseconds):
+        keep_choice(name, repr(best))
     _fastest[problem] = best
     return best
 
 
 def measured_configurations() -> dict[Hashable, object]:
-    """The configuration found fastest for each problem so far."""
+    """The configuration found fastest for each problem so far, in this process or before it."""
     return dict(_fastest)
 
 
-def _may_measure() -> bool:
-    if interpreting() or os.environ.get(AUTOTUNE_VARIABLE) == "0":
-        return False
-    return not torch.cuda.is_current_stream_capturing()
+def _name_on_any_device(problem: object) -> str:
+    """A problem as text, without the number of its device: files are of a kind of device."""
+    if isinstance(problem, tuple):
+        return f"({', '.join(_name_on_any_device(part) for part in problem)})"
+    return problem.type if isinstance(problem, torch.device) else repr(problem)
+
+
+def _measure(configs: Sequence[Config], launch: Callable[[Config], object]) -> tuple[Config, float]:
+    """The configuration that takes the least time, and that time in milliseconds."""
+    times = [_milliseconds(lambda config=config: launch(config)) for config in configs]  # type: ignore[misc]
+    return configs[times.index(min(times))], min(times)
 
 
 def _milliseconds(launch: Callable[[], object]) -> float:

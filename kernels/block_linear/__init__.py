@@ -206,7 +206,9 @@ def block_linear(
         dtype: of the result: bfloat16, float16 or float32.
 
     Returns:
-        (…, N) of `dtype`, contiguous.
+        (…, N) of `dtype`, contiguous. Before it is rounded to `dtype` it is finite where Σ |x|·|w|
+        along K is below 3.4e38. Beyond that partial sums may be infinite, and NaN where infinities
+        of both signs meet.
 
     Raises:
         OperatorInputError: for another dtype or scheme, or shapes that do not fit.

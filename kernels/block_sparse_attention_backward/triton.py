@@ -77,7 +77,8 @@ def _query_gradients(
         v_tile = load_tokens(v + start, key, length, heads, HEAD_DIM)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
         s = tl.where((key < length)[None, :], s, -float("inf"))
-        p = tl.math.exp2(s - own_log_sum[:, None])
+        # Of huge scores the logarithm of the sum may be rounded below the score.
+        p = tl.math.exp2(tl.minimum(s - own_log_sum[:, None], 0.0))
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         ds = p * (dp - own_delta[:, None])
         acc += tl.dot(ds.to(k_tile.dtype), k_tile, input_precision=PRECISION)
@@ -128,7 +129,7 @@ def _key_gradients(
         their_log_sum = tl.load(log_sum + at, mask=token < length, other=float("inf")) * LOG2_E
         their_delta = tl.load(delta + at, mask=token < length, other=0.0)
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * LOG2_E)
-        p = tl.math.exp2(s - their_log_sum[None, :])
+        p = tl.math.exp2(tl.minimum(s - their_log_sum[None, :], 0.0))
         dv_acc += tl.dot(p.to(do_tile.dtype), do_tile, input_precision=PRECISION)
         dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
         ds = p * (dp - their_delta[None, :])

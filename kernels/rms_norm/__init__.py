@@ -37,7 +37,9 @@ def rms_norm(
     """RMSNorm of `x` over its last dimension, in float32.
 
     Args:
-        x: (…, C) in bfloat16, float16 or float32, any strides.
+        x: (…, C) in bfloat16, float16 or float32, any strides. In each row the squares must have a
+            sum that float32 holds: ‖x‖ < 1.8e19. Beyond that the row is lost: it becomes 0, as in
+            `torch.nn.functional.rms_norm`.
         weight: (C,), float32 or x's dtype, or None for 1.
         eps: added to the mean square.
 

@@ -30,6 +30,16 @@ def provider_cases(*cases: tuple[str, torch.dtype, float]) -> pytest.MarkDecorat
     return pytest.mark.parametrize(("provider", "dtype", "largest_error"), cases, ids=names)
 
 
+def each_provider(*names: str) -> pytest.MarkDecorator:
+    """Run a test with `name` and `provider` of each operator; CUDA's on a GPU."""
+    cases = [
+        pytest.param(name, provider, marks=[pytest.mark.gpu] if provider == "cuda" else [])
+        for name in names
+        for provider in operator(name).provider_names()
+    ]
+    return pytest.mark.parametrize(("name", "provider"), cases)
+
+
 def modulation(kind: str, x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A random gain or bias for x of (B, L, C): "shared", "per batch" or "per token"."""
     batch, length, channels = x.shape

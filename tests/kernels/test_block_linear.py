@@ -69,6 +69,18 @@ def test_quantization_error_on_gaussian_data(scheme, device):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_sums_are_right_up_to_the_range_of_float32(scheme, device):
+    x = torch.full((4, 256), 1e36, device=device)
+    weight = torch.ones(8, 256, device=device)
+    weight[:, ::2] = -1  # so that what is left is small beside the partial sums
+    operands = *quantize_activation(x, scheme), *quantize_weight(weight, scheme)
+    expected = exact_product(operands, None, scheme)
+    for provider in providers_for(operands, None, scheme, torch.bfloat16):
+        y = run_by(provider, "block_linear", *operands, None, scheme, torch.bfloat16)
+        assert (y - expected).abs().max() < 4e-3 * 256 * 1e36, provider
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("config", range(4))
 def test_every_triton_configuration(scheme, tma, config, device, monkeypatch):

@@ -55,6 +55,23 @@ def test_constant_rows_become_the_bias(provider, device):
     torch.testing.assert_close(y, bias.expand_as(y), rtol=0, atol=1e-2)
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_right_as_long_as_float32_holds_their_squares_and_then_become_the_bias(
+    provider, dtype, device
+):
+    x = torch.randn(4, 256, device=device).to(dtype)
+    x[1] *= 1e17
+    x[2, 7] = 1e18
+    x[3, 7] = 1e20
+    weight, bias = torch.randn(2, 256, device=device)
+    y = run_by(provider, "layer_norm", x, weight, bias, EPS)
+    for row in range(3):
+        assert sqnr_db(definition(x[row], weight, bias), y[row]) > LEAST_SQNR_DB[dtype]
+    if provider != "reference" or device.type == "cpu":  # PyTorch's own may give NaN on a GPU
+        assert sqnr_db(bias, y[3]) > LEAST_SQNR_DB[dtype]
+
+
 def test_opcheck(device):
     x, weight = torch.randn(2, 5, 128, device=device), torch.randn(128, device=device)
     assert_opcheck("layer_norm", x, weight, None, EPS)

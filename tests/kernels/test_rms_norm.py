@@ -50,6 +50,23 @@ def test_zero_rows_stay_zero(provider, device):
     assert (run_by(provider, "rms_norm", x, None, EPS) == 0).all()
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_right_as_long_as_float32_holds_their_squares_and_then_become_zero(
+    provider, dtype, device
+):
+    x = torch.randn(5, 256, device=device).to(dtype)
+    x[1] *= 1e17
+    x[2, 7] = 1e18
+    x[3, 7] = 1e20
+    x[4] *= 1e30
+    y = run_by(provider, "rms_norm", x, None, EPS)
+    for row in range(3):
+        assert sqnr_db(definition(x[row], None), y[row]) > LEAST_SQNR_DB[dtype]
+    assert not y[3:].any()
+    assert not torch.nn.functional.rms_norm(x[3:].cpu(), (256,), None, EPS).any()
+
+
 def test_opcheck(device):
     x, weight = torch.randn(2, 5, 128, device=device), torch.randn(128, device=device)
     assert_opcheck("rms_norm", x, weight, EPS)
