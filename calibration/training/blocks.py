@@ -24,6 +24,7 @@ import turbo_opt.kernels  # noqa: F401  (registers turbo_opt::*)
 
 _ATEN = torch.ops.aten
 _KEPT = {
+    torch.ops.turbo_opt.block_routing.default,  # or rounding might choose other blocks backward
     torch.ops.turbo_opt.block_sparse_attention.default,
     torch.ops.turbo_opt.sage_sparse_attention.default,
     *(
@@ -36,7 +37,7 @@ _KEPT = {
         )
     ),
 }
-"""Attention: most of a block's operations, little of its memory."""
+"""Attention, and its choice of blocks: most of a block's operations, little of its memory."""
 
 
 def set_up_blocks(network: nn.Module, activations: str = "keep", compile: bool = False) -> None:

@@ -36,6 +36,8 @@ _SAME_KEYS = {
     "data": ("held_out", "unconditional_share"),
 }
 _EVALUATION_SEED = 1_000_003
+MOST_APART = 1.5
+"""Of two norms of one gradient, rounded differently."""
 
 
 class Trainer:
@@ -123,6 +125,8 @@ class Trainer:
         try:
             if self.step == 0:
                 self._log(log, before)
+            if settings.compile:
+                self._check_compiled()
             self._began = time.monotonic()  # what came before is of no budget
             used = self._used()
             while used < 1:
@@ -203,6 +207,26 @@ class Trainer:
         for each in self.trainees.values():  # a loss may reach networks whose turn it is not
             each.forget_gradient()
         return values
+
+    def _check_compiled(self) -> None:
+        """Raise TurboOptError unless compiled blocks give the next step the gradient that they give
+        as written, but for rounding. All processes call."""
+        turn = self.objective.turn(self.step)
+        norms = []
+        for run in (uncompiled, contextlib.nullcontext):
+            with run():
+                with self._autocast():
+                    loss = self.objective.loss(next(self._micro_batches()), turn).value
+                loss.backward()
+                norms.append(self.trainees[turn].gradient_norm())
+            for each in self.trainees.values():
+                each.forget_gradient()
+        written, compiled = norms
+        if not written / MOST_APART <= compiled <= written * MOST_APART:
+            raise TurboOptError(
+                f"training.compile: the compiled blocks' gradient has norm {compiled:.4g}, that of "
+                f"the blocks as written {written:.4g}; set training.compile to false"
+            )
 
     def _micro_batches(self) -> Iterator[Batch]:
         """This process's samples of the step."""

@@ -54,14 +54,23 @@ class Trainee:
             }
         self._updates = torch.zeros(())
 
+    def gradient_norm(self) -> float:
+        """Of all parameters together; all processes must call."""
+        return float(whole(self._norm()))
+
     def clip_gradient(self) -> float:
         """Limit the norm of the gradient; returns the norm before. Not finite is not clipped."""
-        parameters = list(self.parameters.values())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = self._norm()
         value = float(whole(norm))
         if math.isfinite(value):
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._settings.gradient_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(
+                list(self.parameters.values()), self._settings.gradient_clip, norm
+            )
         return value
+
+    def _norm(self) -> Tensor:
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
     def gradients_not_finite(self) -> list[str]:
         """Names of the parameters whose gradients are not finite; all processes must call."""

@@ -132,7 +132,7 @@ def test_real_shapes(provider, shape, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("provider", ["cuda", "triton"])
 @pytest.mark.parametrize("shape", [(1, 7, 1536), (2, 33, 5120)])
-@pytest.mark.parametrize("mean", [30.0, -1e4])
+@pytest.mark.parametrize("mean", [30.0, -300.0])
 def test_a_mean_that_is_large_beside_the_deviation_costs_no_digits(provider, shape, mean, device):
     x = torch.randn(shape, device=device, dtype=torch.bfloat16)
     x[:, ::2] += mean  # every other row, as the kernel takes two together

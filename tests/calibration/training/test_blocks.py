@@ -23,7 +23,7 @@ from turbo_opt.calibration.sla.student import (
 from turbo_opt.calibration.sla2.schema import RouterJob
 from turbo_opt.calibration.training import blocks
 from turbo_opt.calibration.training.world import World
-from turbo_opt.errors import BadInput
+from turbo_opt.errors import BadInput, TurboOptError
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -63,6 +63,23 @@ def test_a_compiled_training_is_the_same_training(home, graphs, tmp_path, activa
     after = {name: report["after"]["held_out_loss"] for name, report in reports.items()}
     assert after["true"] == pytest.approx(after["false"], rel=1e-4)
     assert after["true"] != pytest.approx(reports["true"]["before"]["held_out_loss"], rel=1e-3)
+
+
+def test_a_compiler_that_is_wrong_stops_the_training(home, tmp_path, monkeypatch) -> None:
+    compile = torch.compile
+
+    def wrong(graph: torch.fx.GraphModule, inputs: object) -> object:
+        return lambda *args: tuple(3 * out for out in graph.forward(*args))
+
+    torch.compiler.reset()
+    monkeypatch.setattr(
+        torch, "compile", lambda forward, **options: compile(forward, backend=wrong, **options)
+    )
+    job = load_job(home / "job.yaml", SLAJob, ["training.compile=true"])
+    with pytest.raises(TurboOptError, match=r"compiled blocks' gradient has norm .* training.compile to f"):
+        train_sla(job, tmp_path / "out", ALONE, progress=quiet)
+    assert not (tmp_path / "out" / "model").exists()
+    torch.compiler.reset()
 
 
 class Block(torch.nn.Linear):
