@@ -97,7 +97,6 @@ def job(name: str, gpus: int, work: Path, *, selective: bool = True) -> dict[str
             "batch": gpus // together,
             "context_parallel": together,
             "activations": "selective" if selective else "keep",
-            "compile": name == "sla",  # rcm's many kinds of steps would be compiled for minutes
         },
         "save": {"every": 1000},
         "log": {"every": 1},

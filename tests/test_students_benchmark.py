@@ -73,11 +73,16 @@ def test_the_same_classifier_is_trained_every_time_and_no_other_draw_changes() -
 
 
 def test_a_curve_is_what_the_log_says_where_it_says_something(tmp_path: Path) -> None:
-    table = "step,loss,held_out_relative_error\n0,,0.5\n10,0.3,\n20,0.2,0.25\n"
+    table = (
+        "step,loss,held_out_relative_error,held_out_companion_1_relative_error\n"
+        "0,,0.5,0.6\n10,0.3,,\n20,0.2,0.25,0.3\n"
+    )
     with tarfile.open(tmp_path / "logs.tar", "w") as archive:
         for job in ("sla", "sla-closed-form", "consistency", "rcm", "rcm-sla"):
             (tmp_path / "log.csv").write_text(
-                table if job.startswith("sla") else table.replace("error", "change")
+                table
+                if job.startswith("sla")
+                else table.replace("relative_error", "relative_change")
             )
             archive.add(tmp_path / "log.csv", f"{job}/log.csv")
     with tarfile.open(tmp_path / "logs.tar") as archive:
@@ -85,5 +90,13 @@ def test_a_curve_is_what_the_log_says_where_it_says_something(tmp_path: Path) ->
         with pytest.raises(KeyError):
             curve(archive, "none", "loss")
     pytest.importorskip("matplotlib")
-    draw(tmp_path / "logs.tar", tmp_path / "curves.png")
+    logs = tmp_path / "logs.tar"
+    draw(logs, logs, tmp_path / "curves.png", tmp_path / "curves.csv")
+    lines = (tmp_path / "curves.csv").read_text().splitlines()
+    assert lines[:3] == [
+        "figure,line,step,value",
+        "tuning for sparse attention,from proj_l = 0,0,0.5",
+        "tuning for sparse attention,from proj_l = 0,20,0.25",
+    ]
+    assert 'tuning with the student as companion,"merged, to the student",20,0.3' in lines
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""The recipe tiny-wan/cpu-turbo: the shipped student of four steps, in 8 bits."""
+"""The recipe tiny-wan/cpu-turbo: the shipped student of four steps, made sparse, in 8 bits."""
 
 from __future__ import annotations
 
@@ -37,17 +37,31 @@ def test_a_hundred_evaluations_become_four(artifact) -> None:
     assert {step.guidance_scale for step in artifact.schedule.steps} == {None}
 
 
+def test_every_self_attention_is_sparse_with_a_projection_that_was_learned(artifact) -> None:
+    passes = {entry["name"]: entry for entry in artifact.manifest.history}
+    assert passes["sparse-attention"]["matches"] == 4
+    assert passes["merge-weights"]["matches"] == 131
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_its_clips_show_what_the_prompt_says(artifact, prompt: str) -> None:
     frames = torch.from_numpy(artifact.generate(prompt, seed=0)).movedim(-1, 0)
     assert all(score(frames.float() / 127.5 - 1, parse_caption(prompt)).values())
 
 
-def test_students_inside_the_package_are_named_like_models(tmp_path: Path, monkeypatch) -> None:
-    place = embedded("tiny-wan-rcm")
+def test_the_model_and_its_students_are_small() -> None:
+    models = embedded("tiny-wan").parent
+    assert sum(file.stat().st_size for file in models.rglob("*") if file.is_file()) < 30 * 2**20
+
+
+@pytest.mark.parametrize("name", ["tiny-wan-rcm", "tiny-wan-sla"])
+def test_students_inside_the_package_are_named_like_models(name) -> None:
+    place = embedded(name)
     assert place is not None and place.stat().st_size < 16 * 2**20
-    assert locate("tiny-wan-rcm", ["transformer"], {}) == {"transformer": place}
-    # A folder of that name in the current directory does not take its place.
+    assert locate(name, ["transformer"], {}) == {"transformer": place}
+
+
+def test_a_folder_of_a_students_name_does_not_take_its_place(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "tiny-wan-rcm").mkdir()
     monkeypatch.chdir(tmp_path)
     recipe = turbo_opt.load_recipe("tiny-wan/cpu-turbo")

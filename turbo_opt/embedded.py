@@ -8,8 +8,9 @@ from pathlib import Path
 _PLACES = {
     "tiny-wan": "tiny_wan",
     "tiny-wan-rcm": "tiny_wan_students/rcm.safetensors",
+    "tiny-wan-sla": "tiny_wan_students/sla.safetensors",
 }
-"""The miniature Wan, and its student of one to four steps."""
+"""The miniature Wan, its student of one to four steps, and the one that attends sparsely."""
 
 
 def embedded(name: str) -> Path | None:

@@ -93,6 +93,7 @@ def solve_sla(job: SLAJob, out: Path, world: World, *, progress: Progress) -> Re
     student = objective.trained[STUDENT]
     for name, value in projection_values(solutions).items():
         set_parameter(student.get_parameter(name), value.to(world.device))
+    trainer.shipped.restart_average()
     report = {
         "job": "sla --closed-form",
         "model": str(out / MODEL),

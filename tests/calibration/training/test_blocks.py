@@ -76,7 +76,9 @@ def test_a_compiler_that_is_wrong_stops_the_training(home, tmp_path, monkeypatch
         torch, "compile", lambda forward, **options: compile(forward, backend=wrong, **options)
     )
     job = load_job(home / "job.yaml", SLAJob, ["training.compile=true"])
-    with pytest.raises(TurboOptError, match=r"compiled blocks' gradient has norm .* training.compile to f"):
+    with pytest.raises(
+        TurboOptError, match=r"compiled blocks' gradient has norm .* training.compile to f"
+    ):
         train_sla(job, tmp_path / "out", ALONE, progress=quiet)
     assert not (tmp_path / "out" / "model").exists()
     torch.compiler.reset()
