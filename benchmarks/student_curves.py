@@ -1,6 +1,6 @@
 """How tiny-wan's students learned, as a figure and a table, from the logs of their training.
 
-    python -m benchmarks.student_curves --logs work/students/logs.tar --out docs/tiny-wan/students.png
+    python -m benchmarks.student_curves --logs work/students/logs.tar --out students.png
 
 The table, every point of the figure, is benchmarks/results/student_curves.csv.
 """
