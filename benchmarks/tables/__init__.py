@@ -1,4 +1,4 @@
-"""The tables of README.md, written from benchmarks/results/ and from the pass registry.
+"""The tables of the pages, written from benchmarks/results/ and from the pass registry.
 
 python -m benchmarks.tables          # rewrites what stands between the markers
 """
@@ -13,9 +13,10 @@ from benchmarks.tables.compiler import compilation, passes
 from benchmarks.tables.kernels import attention, linear
 from benchmarks.tables.models import clips, forward
 from benchmarks.tables.targets import shares, targets
-from benchmarks.tables.training import students, training
+from benchmarks.tables.training import scores, students, training
 
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "tiny-wan.md")
+"""Where there are tables."""
 TABLES: dict[str, Callable[[], str]] = {
     "passes": passes,
     "targets": targets,
@@ -26,6 +27,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear": linear,
     "training": training,
     "students": students,
+    "scores": scores,
     "compilation": compilation,
 }
 

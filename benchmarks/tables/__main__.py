@@ -1,12 +1,13 @@
-"""Rewrite README.md."""
+"""Rewrite the pages that have tables."""
 
 from __future__ import annotations
 
-from benchmarks.tables import README, filled
+from benchmarks.tables import PAGES, filled
 
 
 def main() -> None:
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ _STUDENTS = {
     "rcm-sla": "rCM student, tuned with sparse attention",
 }
 """Weights of tiny-wan that the table has, in its order."""
+_SCORED = ("teacher", "consistency", "rcm", "sla", "merged", "rcm-sla")
 
 
 def training() -> str:
@@ -48,6 +49,49 @@ def students() -> str:
             f"{config['scheme'] or '16 bits'} | {100 * record.value:.1f} % |"
         )
     return "\n".join(lines)
+
+
+def scores() -> str:
+    """Everything that was measured of tiny-wan's clips, the untuned and the unguided included."""
+    lines = [
+        "| | evaluations | colour | shape | motion | all right | diversity | Fréchet |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    records = sorted(by_name("tiny_wan_students.json").values(), key=_score_order)
+    for record in records:
+        shares = [record.quality[name] for name in ("colour", "shape", "motion")] + [record.value]
+        cells = [
+            _spoken(record),
+            str(record.config["evaluations"]),
+            *(f"{100 * share:.1f} %" for share in shares),
+            f"{record.quality['diversity']:.2f}",
+            f"{record.quality['frechet']:,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _spoken(record: Record) -> str:
+    config = record.config
+    steps = "1 step" if config["steps"] == 1 else f"{config['steps']} steps"
+    parts = [_weights(record), f"{steps}, guided" if config["guided"] else steps]
+    if config["topk"] is not None:
+        parts.append(f"topk {config['topk']:g}" + ("" if config["tuned"] else ", untuned"))
+    if config["scheme"]:
+        parts.append(config["scheme"])
+    return ", ".join(parts)
+
+
+def _score_order(record: Record) -> tuple[int, bool, int, float, bool, str]:
+    config, weights = record.config, _weights(record)
+    return (
+        list(_SCORED).index(weights),
+        not config["guided"],
+        -config["steps"],
+        config["topk"] or 0.0,
+        config["tuned"],
+        config["scheme"] or "",
+    )
 
 
 def _weights(record: Record) -> str:
