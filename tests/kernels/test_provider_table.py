@@ -21,7 +21,7 @@ from turbo_opt.kernels import (
     recorded_choices,
 )
 from turbo_opt.kernels import provider_table as tables
-from turbo_opt.kernels.capability import CPU
+from turbo_opt.kernels.capability import CPU, parse_capability
 from turbo_opt.kernels.provider_table import DeviceRecord, Entry, ProviderTableError, call_key
 
 HERE = tables.device_name(torch.device("cpu"))
@@ -270,3 +270,31 @@ def test_a_new_process_decides_by_the_users_table(table):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "{'block_linear': {'reference': 1}}" in done.stdout, done.stderr
+
+
+SHIPPED = sorted(tables.SHIPPED.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_tables_choose_among_what_operators_have(path):
+    for record in tables.read_table(path).values():
+        assert parse_capability(record.capability).kind == "sm"
+        for name, entries in record.operators.items():
+            declared = {provider.name for provider in operator(name).providers} | {"reference"}
+            for entry in entries.values():
+                assert {*entry.ms, *entry.skipped} <= declared, name
+                assert entry.ms[entry.provider] < 1.05 * min(entry.ms.values())
+
+
+def test_a_described_h200_takes_what_its_shipped_table_says(tmp_path, monkeypatch):
+    monkeypatch.setenv(tables.TABLE_VARIABLE, str(tmp_path / "none.json"))
+    read_provider_tables()
+    x = torch.empty(32760, 1536, dtype=torch.float8_e4m3fn, device="meta")
+    scale = torch.empty(12, 32760, device="meta").t()
+    weight = torch.empty(1536, 1536, dtype=torch.float8_e4m3fn, device="meta")
+    args = (x[None], scale, weight, torch.empty(12, 12, device="meta"), None, "fp8-block",
+            torch.bfloat16)  # fmt: skip
+    choice = explain("block_linear", "sm90", *args)
+    monkeypatch.undo()
+    read_provider_tables()
+    assert (choice.provider, choice.measured.device) == ("cuda", "NVIDIA H200")
