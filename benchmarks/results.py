@@ -34,9 +34,9 @@ class Ceiling:
 class Record:
     """One measured value and everything needed to judge it.
 
-    `spread` is half the interquartile range over `runs`; `share_of_ceiling` is in 0…1; `baseline`
-    maps names to values of the same unit; `quality` holds SQNR or accuracy of the same
-    configuration.
+    `spread` is half the interquartile range over `runs`; `share_of_ceiling` is above 1 where the
+    ceiling is a library's rate and was passed; `baseline` maps names to values of the same unit;
+    `quality` holds SQNR or accuracy of the same configuration.
     """
 
     name: str

@@ -180,9 +180,18 @@ def steps_of(
 
 
 def speed_record(
-    case: Case, name: str, gpus: int, rows: Sequence[dict[str, str]], session: Session
+    case: Case,
+    name: str,
+    gpus: int,
+    rows: Sequence[dict[str, str]],
+    rate: Ceiling,
+    session: Session,
 ) -> Record:
-    """Tokens per second; rCM's steps differ, so that a whole round of five is one sample."""
+    """Tokens per second; rCM's steps differ, so that a whole round of five is one sample.
+
+    Args:
+        rate: of a bf16 product on one GPU that nothing else uses, in TFLOP/s.
+    """
     frames, height, width = case.latent
     tokens = frames * height * width // 4 * max(1, gpus // 4)
     skipped = 2  # they compile and tune
@@ -193,7 +202,6 @@ def speed_record(
         for first in range(0, len(seconds) - around + 1, around)
     ]
     low, _, high = quantiles(rounds, n=4) if len(rounds) > 1 else (rounds[0],) * 3
-    rate = session.bf16_matmul
     bound = gpus * rate.value * 1e12 / operations(case, name)
     value = median(rounds)
     peaks = [float(row["peak_gib"]) for row in rows if row.get("peak_gib")]
@@ -287,10 +295,11 @@ def main() -> None:
     if not (options.work / "clips").is_dir():
         write_checkpoint(options.work / "teacher", case.config, sparse=False)
         write_samples(options.work / "clips", case)
+    rate = session.bf16_matmul  # before any job, whose processes may outlive it for a while
     for name in options.jobs:
         for gpus in options.gpus:
             rows = steps_of(name, gpus, options.work, options.steps, _LONGEST, tiny=options.tiny)
-            keep(speed_record(case, name, gpus, rows, session))
+            keep(speed_record(case, name, gpus, rows, rate, session))
     records = results.read(out)
     print(results.tabulate([record for record in records if math.isfinite(record.value)]))
 

@@ -41,8 +41,8 @@ def _verdict(record: Record) -> str:
 
 
 def _beside(record: Record) -> str:
-    """Its ceiling or floor, and what it replaces, in its unit."""
-    kind = "floor" if record.unit in ("ms", "s") else "ceiling"
+    """What the library's rate or a copy would give, and what it replaces, in its unit."""
+    kind = "floor" if record.unit in ("ms", "s") else "library"
     others = {kind: record.ceiling.value} if record.ceiling else {}
     others |= {name.replace("_", " "): value for name, value in record.baseline.items()}
     return ", ".join(f"{name} {number(value)}" for name, value in others.items())

@@ -25,9 +25,10 @@ def training() -> str:
         _, model, job, gpus, metric = record.name.split("/")
         if metric == "tokens_per_s":
             share = record.share_of_ceiling
+            spread = f" ± {record.spread:,.0f}" if record.runs > 1 else ", one reading"
             lines.append(
                 f"| {MODELS.get(model, model)} | `{job.replace('-', ' ', 1)}` | "
-                f"{gpus.removesuffix('-gpus')} | {record.value:,.0f} ± {record.spread:,.0f} | "
+                f"{gpus.removesuffix('-gpus')} | {record.value:,.0f}{spread} | "
                 f"{'' if share is None else f'{share:.2f}'} | "
                 f"{record.config['peak_gib']:.1f} GiB |"
             )

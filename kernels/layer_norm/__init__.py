@@ -37,9 +37,9 @@ def layer_norm(
     """LayerNorm of `x` over its last dimension, in float32.
 
     Args:
-        x: (…, C) in bfloat16, float16 or float32, any strides. In each row the squares of
-            x − mean must have a sum that float32 holds: ‖x − mean‖ < 1.8e19. Beyond that the row is
-            lost, as in `torch.nn.functional.layer_norm`: it becomes the bias, or NaN.
+        x: (…, C) in bfloat16, float16 or float32, any strides. In each row the squares must have a
+            sum that float32 holds: ‖x‖ < 1.8e19 (‖x − mean‖ by the reference and Triton). Beyond
+            that the row is lost, as in `torch.nn.functional.layer_norm`: the bias, or NaN.
         weight: (C,), float32 or x's dtype, or None for 1.
         bias: (C,), float32 or x's dtype, or None for 0.
         eps: added to the variance.

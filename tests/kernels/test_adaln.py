@@ -121,7 +121,9 @@ def test_wrong_arguments_are_named(x, scale, message):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("provider", ["cuda", "triton"])
-@pytest.mark.parametrize("shape", [(1, 32760, 1536), (1, 75600, 5120), (2, 4095, 3072)])
+@pytest.mark.parametrize(
+    "shape", [(1, 32760, 1536), (1, 75600, 5120), (2, 4095, 3072), (3, 65, 2816), (1, 65, 6144)]
+)
 def test_real_shapes(provider, shape, device):
     x = torch.randn(shape, device=device, dtype=torch.bfloat16)
     scale, shift = modulation("per batch", x, torch.float32), modulation("shared", x, torch.float32)

@@ -1,0 +1,72 @@
+"""The benchmark of training: what a log's steps make, and when the rate beside them is measured."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import training
+from benchmarks.forward import CASES
+from benchmarks.kernels._harness import Session
+from benchmarks.results import Ceiling, read
+
+RATE = Ceiling(500.0, "TFLOP/s", "bf16 library matmul 8192³")
+
+
+def log(seconds: list[float]) -> list[dict[str, str]]:
+    """Rows of steps that took so long: a log holds means since the start."""
+    means = [sum(seconds[:step]) / step for step in range(1, len(seconds) + 1)]
+    return [
+        {"step": str(step), "seconds_per_step": repr(mean), "peak_gib": str(step / 2)}
+        for step, mean in enumerate(means, 1)
+    ]
+
+
+def speed(name: str, seconds: list[float], gpus: int = 1):
+    case, session = CASES["1.3b"], Session(dry=True)
+    return training.speed_record(case, name, gpus, log(seconds), RATE, session)
+
+
+def test_the_first_two_steps_do_not_count_and_the_median_is_taken() -> None:
+    record = speed("sla", [50.0, 50.0, 2.0, 4.0, 1.0])
+    assert record.value == pytest.approx(32_760 / 2)
+    assert (record.runs, record.config["peak_gib"]) == (3, 2.5)
+
+
+def test_a_round_of_rcm_is_five_steps_and_one_round_has_no_spread() -> None:
+    record = speed("rcm", [50.0, 50.0, 1.0, 2.0, 3.0, 4.0, 10.0, 99.0])
+    assert record.value == pytest.approx(5 * 32_760 / 20)
+    assert (record.runs, record.spread) == (1, 0)
+
+
+def test_the_ceiling_is_of_all_gpus_at_the_rate_that_is_given() -> None:
+    one, two = (speed("sla", [1.0] * 4, gpus) for gpus in (1, 2))
+    # The teacher once and the student three times: 2 a weight, 4·L·C a layer, a tenth of it sparse.
+    linear = 2 * 30 * (6 * 1536**2 + 2 * 1536 * 8960)
+    attention = 4 * 30 * 32_760 * 1536
+    operations = 4 * linear + 1.3 * attention
+    assert one.ceiling.value == pytest.approx(500e12 / operations)
+    assert two.ceiling.value == pytest.approx(2 * one.ceiling.value)
+    assert one.share_of_ceiling == pytest.approx(one.value / one.ceiling.value)
+
+
+def test_the_rate_is_measured_before_a_job_can_use_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[bool] = []
+    session = Session(dry=True)
+
+    def steps_of(*_, **__):
+        known.append("bf16_matmul" in vars(session))
+        return log([1.0] * 4)
+
+    monkeypatch.setattr(training, "Session", lambda dry: session)
+    monkeypatch.setattr(training, "steps_of", steps_of)
+    (tmp_path / "clips").mkdir()
+    words = ["--tiny", "--gpus", "1", "2", "--jobs", "sla", "--work", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["training", *words, "--out", str(tmp_path)])
+    training.main()
+    assert known == [True, True]
+    assert len(read(tmp_path / "training.json")) == 2
