@@ -1,23 +1,11 @@
-"""What tiny-wan's students draw, beside the teacher: accuracy, diversity, distance from real clips.
-
-    python -m benchmarks.students --students work/students --out benchmarks/results
-
-Held-out captions, the same first noise for every model. Accuracy is by the analytic detectors.
-Diversity is the root mean square difference of two clips of one caption, as a share of that of
-drawn clips. The Fréchet distance is to drawn clips of the same captions (`clip_features`). Models
-are attended by the operators that train them; those in 8 bits are compiled by the real passes.
-"""
+"""Clips of every row from the same captions and noise, and what is measured of them."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import turbo_opt
-from benchmarks import results
 from benchmarks.clip_features import (
     accuracy,
     features_of,
     frechet_distance,
     train_classifier,
 )
-from benchmarks.compile_large import environment as cpu_environment
-from benchmarks.kernels._harness import Session
-from benchmarks.results import Record
+from benchmarks.students.variants import MERGED, RCM, SLA, STUDENT, TEACHER, Variant
 from turbo_opt.calibration.data.samples import padded_positions
-from turbo_opt.calibration.flow import Sampled, tensor_float
+from turbo_opt.calibration.flow import Sampled
 from turbo_opt.calibration.networks import build_network, open_denoiser
 from turbo_opt.calibration.sla.attention import Sparsity
 from turbo_opt.calibration.sla.closed_form import attend_densely
@@ -66,72 +51,12 @@ from turbo_opt.ir.schedule import Schedule
 from turbo_opt.runtime.module import CompiledTransformer
 from turbo_opt.runtime.sampler import sample
 
-TEACHER, CONSISTENCY, RCM, SLA, JOINT = "teacher", "consistency", "rcm", "sla", "rcm-sla"
-STUDENT, MERGED = "student", "merged"
-_TOPK = (0.1, 0.2, 0.3)
-_FEW = (4, 2, 1)
 _GUIDANCE = 4.0
 _BLOCK = 64
 _COMPILED = (
     "canonicalize,fuse-norms,{sparse}fuse-qk-norm-rope,quantize-linear{{scheme={scheme}}},"
     "fuse-norm-quantize,fuse-qkv{{cross_attention=false}},fuse-epilogues,hoist-invariants"
 )
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of the table.
-
-    Attributes:
-        weights: `teacher`; a student by its file; `student`, the better of `consistency` and
-            `rcm`; or `merged`, student + (sla − teacher).
-        steps: of a clip.
-        guided: by the teacher's own sampler with guidance; else as rCM's students are sampled.
-        topk: share of key blocks that self-attention keeps; None is dense.
-        tuned: with the student's `proj_l`; else without a linear branch.
-        scheme: of W8A8, by the real passes; None leaves the weights as they are.
-    """
-
-    weights: str
-    steps: int
-    guided: bool = False
-    topk: float | None = None
-    tuned: bool = True
-    scheme: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Such as `merged-topk0.2-int8-block/4-steps`."""
-        sparse = "" if self.topk is None else f"-topk{self.topk:g}"
-        untuned = "" if self.topk is None or self.tuned else "-untuned"
-        scheme = f"-{self.scheme}" if self.scheme else ""
-        guided = "-guided" if self.guided else ""
-        return f"{self.weights}{sparse}{untuned}{scheme}/{self.steps}-steps{guided}"
-
-    @property
-    def evaluations(self) -> int:
-        """Of the network, for one clip."""
-        return self.steps * (2 if self.guided else 1)
-
-
-def variants(dry: bool = False) -> list[Variant]:
-    """The table, the teacher first; a dry run takes fewer steps."""
-    many = 2 if dry else 50
-    rows = [Variant(TEACHER, many, guided=True), Variant(TEACHER, 4, guided=True)]
-    rows += [Variant(TEACHER, steps) for steps in _FEW]
-    rows += [Variant(name, steps) for name in (CONSISTENCY, RCM) for steps in _FEW]
-    rows += [
-        Variant(name, many, guided=True, topk=topk, tuned=name == SLA)
-        for name in (TEACHER, SLA)
-        for topk in _TOPK
-    ]
-    rows += [Variant(STUDENT, 4, topk=topk, tuned=False) for topk in _TOPK]
-    rows += [Variant(name, 4, topk=topk) for name in (MERGED, JOINT) for topk in _TOPK]
-    rows += [Variant(STUDENT, 4, scheme="int8-block")]
-    rows += [Variant(MERGED, 4, topk=topk, scheme="int8-block") for topk in _TOPK]
-    if not dry:  # a CPU has no FP8
-        rows.append(Variant(MERGED, 4, topk=0.2, scheme="fp8-block"))
-    return rows
 
 
 class Scorer:
@@ -313,103 +238,3 @@ class Scorer:
         """The root mean square difference of the clips of a pair, mean over all pairs."""
         apart = [(videos[i] - videos[j]).square().mean().sqrt() for i, j in self._pairs]
         return float(torch.stack(apart).mean())
-
-
-@tensor_float()
-def main(arguments: list[str] | None = None) -> int:
-    """Score all variants, or those whose name contains `--only`; 1 if a row failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.students")
-    add = parser.add_argument
-    add("--students", type=Path, required=True, help="what `tiny_wan students` left in --out")
-    add("--out", type=Path, default=results.RESULTS, help="where tiny_wan_students.json is written")
-    add("--captions", type=int, default=512)
-    add("--batch", type=int, default=256)
-    add("--classifier-steps", type=int, default=1500)
-    add("--only", nargs="+", default=[""], help="variants whose name contains one of these")
-    add("--device", choices=["cuda", "cpu"], default="cuda", help="a CPU takes minutes a row")
-    add("--dry-run", action="store_true", help="on a CPU: that it runs, not what it measures")
-    options = parser.parse_args(arguments)
-    session = Session(dry=options.dry_run)
-    on_cpu = options.dry_run or options.device == "cpu"
-    started = time.monotonic()
-    scorer = Scorer(
-        options.students,
-        torch.device("cpu") if on_cpu else session.device,
-        options.captions,
-        options.batch,
-        options.classifier_steps,
-    )
-    print(
-        f"drawn clips: {json.dumps(scorer.drawn)}, {time.monotonic() - started:.0f} s", flush=True
-    )
-    options.out.mkdir(parents=True, exist_ok=True)
-    done: dict[Variant, dict[str, float]] = {}
-    for variant in variants(options.dry_run):
-        wanted = any(text in variant.name for text in options.only)
-        if not wanted or (on_cpu and variant.scheme == "fp8-block"):
-            continue
-        scorer.student = better_student(done)
-        try:
-            scores, videos = scorer.measure(variant)
-        except Exception as error:  # one row's failure must not cost the others
-            session.failures.append(variant.name)
-            print(f"{variant.name}: failed ({type(error).__name__}: {error})", flush=True)
-            continue
-        done[variant] = scores
-        record = _record(variant, done, scorer, session, options)
-        results.merge(options.out / "tiny_wan_students.json", [record])
-        shown = {name: round(value, 4) for name, value in scores.items()}
-        print(f"{variant.name}: {json.dumps(shown)}", flush=True)
-        if variant in _SHOWN:
-            sheet = variant.name.replace("/", "-")
-            scorer.sheet(videos, options.out / f"students-{sheet}.png")
-    print(f"student is {scorer.student}; all in {time.monotonic() - started:.0f} s", flush=True)
-    return 1 if session.failures else 0
-
-
-def better_student(done: Mapping[Variant, Mapping[str, float]]) -> str:
-    """`consistency` or `rcm`: whose clips of few steps are right more often; `rcm` if equal."""
-    totals = {
-        name: sum(done.get(Variant(name, steps), {}).get("all_right", 0.0) for steps in _FEW)
-        for name in (RCM, CONSISTENCY)
-    }
-    return max(totals, key=lambda name: totals[name])
-
-
-_SHOWN = (Variant(TEACHER, 1), Variant(MERGED, 4, topk=0.2, scheme="int8-block"))
-"""Whose clips are kept."""
-
-
-def _record(
-    variant: Variant,
-    done: Mapping[Variant, Mapping[str, float]],
-    scorer: Scorer,
-    session: Session,
-    options: argparse.Namespace,
-) -> Record:
-    scores = done[variant]
-    teacher = Variant(TEACHER, 50, guided=True)
-    on_cpu = options.device == "cpu" and not options.dry_run
-    return Record(
-        name=f"{'cpu' if on_cpu else session.gpu}/tiny-wan/students/{variant.name}",
-        value=scores["all_right"],
-        unit="share of clips with all four attributes right",
-        spread=0.0,
-        runs=options.captions,
-        baseline={"teacher": done[teacher]["all_right"]} if teacher in done else {},
-        quality={name: value for name, value in scores.items() if name != "all_right"},
-        config={
-            **asdict(variant),
-            **({"student": scorer.student} if variant.weights in (STUDENT, MERGED) else {}),
-            "evaluations": variant.evaluations,
-            "captions": options.captions,
-            **{f"drawn_{name}": value for name, value in scorer.drawn.items()},
-        },
-        environment=cpu_environment() if on_cpu else session.environment,
-        commit=results.current_commit(),
-        date=results.today(),
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

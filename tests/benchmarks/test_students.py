@@ -18,7 +18,7 @@ from benchmarks.clip_features import (
     train_classifier,
 )
 from benchmarks.student_curves import curve, draw
-from benchmarks.students import TEACHER, Variant, better_student, variants
+from benchmarks.students.variants import TEACHER, Variant, better_student, variants
 from turbo_opt.calibration.tiny_wan.clips import render, sample_scenes
 
 CPU = torch.device("cpu")
