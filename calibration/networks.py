@@ -69,19 +69,19 @@ def open_denoiser(source: str, name: str, base: Path | None = None) -> DenoiserF
     return DenoiserFolder(pipeline, name, class_name, config)
 
 
-def check_same_architecture(teacher: DenoiserFolder, student: DenoiserFolder) -> None:
+def check_same_architecture(teacher: DenoiserFolder, other: DenoiserFolder) -> None:
     """Raise BadInput, naming what differs, unless both have the same config."""
-    keys = sorted(key for key in {*teacher.config, *student.config} if not str(key).startswith("_"))
+    keys = sorted(key for key in {*teacher.config, *other.config} if not str(key).startswith("_"))
     different = [
-        f"{key} is {teacher.config.get(key)!r} and {student.config.get(key)!r}"
+        f"{key} is {teacher.config.get(key)!r} and {other.config.get(key)!r}"
         for key in keys
-        if teacher.config.get(key) != student.config.get(key)
+        if teacher.config.get(key) != other.config.get(key)
     ]
-    if teacher.class_name != student.class_name:
-        different.insert(0, f"class is {teacher.class_name} and {student.class_name}")
+    if teacher.class_name != other.class_name:
+        different.insert(0, f"class is {teacher.class_name} and {other.class_name}")
     if different:
         raise BadInput(
-            f"teacher {teacher.path} and student {student.path} are different architectures: "
+            f"teacher {teacher.path} and {other.path} are different architectures: "
             + "; ".join(different)
         )
 

@@ -29,8 +29,13 @@ def parse_safetensors(content: bytes) -> dict[str, Tensor]:
     """
     try:
         return load_safetensors(content)
-    except (SafetensorError, ValueError) as error:
-        raise BadInput(f"is no safetensors file ({error})") from None
+    except KeyError as error:
+        raise BadInput(
+            f"holds a tensor of {error}, which is not read; F16, BF16 and F32 are"
+        ) from None
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BadInput(f"is no safetensors file ({reason})") from None
 
 
 def parse_npy(content: bytes) -> Tensor:
@@ -55,12 +60,16 @@ def parse_npy(content: bytes) -> Tensor:
         )
     array = np.frombuffer(content, dtype, offset=file.tell())
     with np.errstate(over="ignore"):  # what does not fit is infinite, and refused as that
-        values = array.astype(np.float32).reshape(shape, order="F" if by_columns else "C")
+        values = array.astype(np.float32)
+    try:
+        values = values.reshape(shape, order="F" if by_columns else "C")
+    except (ValueError, TypeError) as error:  # more or longer sides than can be
+        raise BadInput(f"is an .npy file of a shape that no array has ({error})") from None
     return torch.from_numpy(np.ascontiguousarray(values))
 
 
 def checked(tensors: dict[str, Tensor], name: str, shape: Sequence[int | None]) -> Tensor:
-    """The tensor of that name, if it is one to learn from.
+    """The tensor of that name in float32, if it is one to learn from.
 
     Args:
         shape: that it must have; None for any number.
@@ -78,9 +87,10 @@ def checked(tensors: dict[str, Tensor], name: str, shape: Sequence[int | None]) 
         raise BadInput(f"{name} has shape {_text(tensor.shape)}, must be {_text(shape)}")
     if not tensor.is_floating_point():
         raise BadInput(f"{name} is {tensor.dtype}, must be floating point")
-    if not tensor.isfinite().all():
+    values = tensor.float()  # float64 may hold what float32 does not
+    if not values.isfinite().all():
         raise BadInput(f"{name} holds values that are not finite")
-    return tensor
+    return values
 
 
 def _text(shape: Iterable[int | None]) -> str:

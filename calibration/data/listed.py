@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,11 +54,16 @@ class ListedFiles:
         parts = Path(file).parts
         if Path(file).is_absolute() or ".." in parts:
             raise BadInput("lies outside the folder")
+        if "\0" in file:
+            raise BadInput("has a name that no file has")
         for depth, part in enumerate(parts[:-1], start=1):
             if part.endswith(".tar"):
                 shard, member = "/".join(parts[:depth]), "/".join(parts[depth:])
                 return self.folder / shard, *self._member(shard, member)
-        size = (self.folder / file).stat().st_size
+        state = (self.folder / file).stat()
+        if not stat.S_ISREG(state.st_mode):  # a pipe would be waited for
+            raise BadInput("is no file")
+        size = state.st_size
         if size > LARGEST_SAMPLE:
             raise BadInput(f"has {size} bytes, more than {LARGEST_SAMPLE}")
         return self.folder / file, 0, size

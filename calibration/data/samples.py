@@ -147,7 +147,7 @@ class SampleSet:
             tensors = self._source.tensors(number)
             latents = checked(tensors, LATENTS, self.index.latents)
             embeds = checked(tensors, PROMPT_EMBEDS, (None, self.index.text_dim))
-            return Sample(self.name(number), latents.float(), self._padded(embeds.float()))
+            return Sample(self.name(number), latents, self._padded(embeds))
         except (OSError, BadInput) as error:
             self._skip(number, str(error))
             self.check_share()
@@ -162,7 +162,7 @@ class SampleSet:
         try:
             tensors = parse_safetensors((self.path / EMPTY_PROMPT).read_bytes())
             embeds = checked(tensors, PROMPT_EMBEDS, (None, self.index.text_dim))
-            return self._padded(embeds.float())
+            return self._padded(embeds)
         except (OSError, BadInput) as error:
             raise BadInput(
                 f"{self.path / EMPTY_PROMPT}: {error}; it holds the empty prompt's embeddings: "

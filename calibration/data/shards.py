@@ -63,7 +63,7 @@ class _Record(BaseModel):
     """What is taken from a sample's .json."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
-    caption: str = ""
+    caption: str | None = None
     text_length: _Positions | None = None
 
 
@@ -215,7 +215,7 @@ def _sample(file: BinaryIO, key: str, files: Mapping[str, tuple[int, int]]) -> S
         return ShardSample(
             key=key,
             files=tensors,
-            caption=record.caption if caption is None else caption.strip(),
+            caption=record.caption or "" if caption is None else caption.strip(),
             text_length=record.text_length,
         )
     except BadInput as error:

@@ -26,10 +26,13 @@ def members(path: Path) -> Iterator[tuple[str, int, int]]:
     try:
         with tarfile.open(path, "r:") as archive:
             for item in archive:
+                if item.size < 0:
+                    raise tarfile.TarError(f"{item.name!r} has {item.size} bytes")
                 if item.isreg() and not item.sparse:
                     yield item.name, item.offset_data, item.size
             end = archive.offset
-    except tarfile.TarError as error:
+    # A damaged header may also say sizes that are no numbers, or that no file has.
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
         raise BadInput(f"{path} is not an uncompressed tar, or cut off ({error})") from None
     # tarfile takes a cut or damaged header for the end.
     with path.open("rb") as file:

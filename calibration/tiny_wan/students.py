@@ -153,7 +153,8 @@ class _Trainings:
             model.parent.mkdir(parents=True)
             teacher = open_denoiser("tiny-wan", "transformer")
             export_model(teacher, load_file(file), model, torch.bfloat16, {}, self._world)
-            shutil.copyfile(file, self._out / file.name)
+            if file.resolve() != (self._out / file.name).resolve():  # a chain that goes on in place
+                shutil.copyfile(file, self._out / file.name)
             self.models[name] = model
 
     def distil(self, name: str, start: str | None = None) -> None:

@@ -7,8 +7,10 @@ overwritten by what the compiler puts into the same memory.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch.utils.checkpoint import (
 )
 
 import turbo_opt.kernels  # noqa: F401  (registers turbo_opt::*)
+from turbo_opt.errors import TurboOptError
 
 _ATEN = torch.ops.aten
 _KEPT = {
@@ -62,6 +65,23 @@ def uncompiled() -> AbstractContextManager[Any]:
     """Within the context blocks run as they are written: held-out losses and clips have sizes of
     their own, which are not worth a graph."""
     return torch.compiler.set_stance("force_eager")
+
+
+@contextlib.contextmanager
+def first_compilation() -> Iterator[None]:
+    """Within the context a compiler that is missing or fails is a TurboOptError."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import TorchDynamoException
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
+        raise TurboOptError(
+            f"training.compile: blocks cannot be compiled here ({reason}); set training.compile to "
+            "false"
+        ) from error
 
 
 def _recompute(block: Any, *inputs: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -54,23 +54,19 @@ class Trainee:
             }
         self._updates = torch.zeros(())
 
-    def gradient_norm(self) -> float:
-        """Of all parameters together; all processes must call."""
-        return float(whole(self._norm()))
+    def gradient(self) -> dict[str, Tensor]:
+        """By parameter, where there is one; not a copy."""
+        return {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
 
     def clip_gradient(self) -> float:
         """Limit the norm of the gradient; returns the norm before. Not finite is not clipped."""
-        norm = self._norm()
+        norm = torch.nn.utils.get_total_norm(list(self.gradient().values()))
         value = float(whole(norm))
         if math.isfinite(value):
             torch.nn.utils.clip_grads_with_norm_(
                 list(self.parameters.values()), self._settings.gradient_clip, norm
             )
         return value
-
-    def _norm(self) -> Tensor:
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
 
     def gradients_not_finite(self) -> list[str]:
         """Names of the parameters whose gradients are not finite; all processes must call."""
@@ -137,3 +133,8 @@ class Trainee:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(values[name])
+
+
+def norm_of(gradient: Mapping[str, Tensor]) -> float:
+    """Of all tensors together; all processes must call."""
+    return float(whole(torch.nn.utils.get_total_norm(list(gradient.values()))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 
 import numpy as np
@@ -64,6 +65,9 @@ def header_of(shape: str, dtype: str = "<f4") -> bytes:
         (npy(np.zeros(3, [("a", "<f4")])), "must be floating point"),
         (header_of("(99999999999, 99999999999)"), "with 0 bytes, not"),
         (header_of("(-1, -4)") + bytes(16), "not 16|is no .npy"),
+        (header_of(f"(0, {10**30})"), "of a shape that no array has"),
+        (header_of(f"({'1,' * 100})") + bytes(4), "of a shape that no array has"),
+        (header_of("(True,)") + bytes(4), "of a shape that no array has"),
         (header_of("(1,)", "<f3") + bytes(3), "is no .npy file"),
         (header_of("__import__('os')"), "is no .npy file"),
         (with_header("{1: 2, 'a': 3}"), "is no .npy file"),
@@ -80,6 +84,31 @@ def test_what_is_no_array_of_numbers_is_refused(content: bytes, reason: str) -> 
         parse_npy(content)
 
 
+def safetensors(dtype: str, shape: list[int], data: bytes) -> bytes:
+    said = {"latents": {"dtype": dtype, "shape": shape, "data_offsets": [0, len(data)]}}
+    header = json.dumps(said).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (safetensors("F8_E8M0", [4], bytes(4)), "holds a tensor of 'F8_E8M0', which is not read"),
+        (safetensors("F32", [0, 2**62, 8], b""), "is no safetensors file"),
+        (safetensors("F32", [0, 2**63], b""), "is no safetensors file"),
+    ],
+)
+def test_safetensors_that_are_no_tensors_of_pytorch_are_refused(content, reason) -> None:
+    with pytest.raises(BadInput, match=reason):
+        parse_safetensors(content)
+
+
+def test_numbers_of_8_bits_are_floating_point_too() -> None:
+    stored = torch.tensor([0.5, -2.0]).to(torch.float8_e4m3fn)
+    content = safetensors("F8_E4M3", [2], stored.view(torch.uint8).numpy().tobytes())
+    assert checked(parse_safetensors(content), "latents", (2,)).tolist() == [0.5, -2.0]
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200))
 def test_bytes_of_any_kind_are_read_or_refused(content: bytes) -> None:
@@ -91,8 +120,14 @@ def test_bytes_of_any_kind_are_read_or_refused(content: bytes) -> None:
                 continue
 
 
-def test_what_float32_does_not_hold_is_not_finite() -> None:
-    tensors = {"latents": parse_npy(npy(np.array([1e300])))}
+@pytest.mark.parametrize("kind", ["npy", "safetensors"])
+def test_what_float32_does_not_hold_is_not_finite(kind) -> None:
+    array = np.array([1e300])
+    tensors = (
+        {"latents": parse_npy(npy(array))}
+        if kind == "npy"
+        else parse_safetensors(safetensors("F64", [1], array.tobytes()))
+    )
     with pytest.raises(BadInput, match="latents holds values that are not finite"):
         checked(tensors, "latents", (1,))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -105,6 +106,9 @@ def test_samples_lie_in_tars_too(samples_folder) -> None:
         ("/etc/passwd", "lies outside the folder"),
         ("a.tar/x", "a.tar has no member 'x'"),
         ("b.tar/x", "b.tar is not an uncompressed tar"),
+        ("a\0b", "has a name that no file has"),
+        ("a.tar/../pipe", "lies outside the folder"),
+        ("pipe", "is no file"),
     ],
 )
 def test_places_that_an_index_must_not_name(samples_folder, file, reason) -> None:
@@ -112,6 +116,7 @@ def test_places_that_an_index_must_not_name(samples_folder, file, reason) -> Non
     with tarfile.open(folder / "a.tar", "w"):
         pass
     (folder / "b.tar").write_bytes(b"not a tar" * 100)
+    os.mkfifo(folder / "pipe")
     index = json.loads((folder / "index.json").read_text())
     index["samples"][0]["file"] = file
     (folder / "index.json").write_text(json.dumps(index))

@@ -77,6 +77,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
+def test_a_caption_of_null_is_none(tmp_path: Path) -> None:
+    write_shard(tmp_path / "set" / "0.tar", whole("1"), ("1.json", b'{"caption": null}'))
+    assert SampleSet.open(tmp_path / "set").index.samples[0].caption == ""
+
+
 def test_samples_come_back_in_the_order_of_their_shards(folder: Path) -> None:
     samples = SampleSet.open(folder)
     assert [record.file for record in samples.index.samples] == [
@@ -225,6 +230,30 @@ def test_a_shard_cut_between_two_files_is_refused_too(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:cut])
         with pytest.raises(BadInput, match=rf"a.tar is cut off or damaged at byte {second}"):
             SampleSet.open(tmp_path)
+
+
+def with_size(header: bytes, size: int) -> bytes:
+    """A tar's header that says another size, in binary, with the sum that goes with it."""
+    said = bytearray(header)
+    said[124:136] = (
+        (size if size > 0 else size % 2**88) | (0x80 if size > 0 else 0xFF) << 88
+    ).to_bytes(12)
+    said[148:156] = b" " * 8
+    said[148:156] = b"%06o\0 " % sum(said)
+    return bytes(said)
+
+
+@pytest.mark.parametrize("name", ["0.safetensors", f"{'long' * 40}.safetensors"])
+@pytest.mark.parametrize("size", [-1, -512, -1024, 2**40, 2**63, 2**80])
+def test_a_shard_that_says_impossible_sizes_is_refused_by_name(tmp_path, name, size) -> None:
+    """Of a file, or of the name that lies before it."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo(name))
+    content = path.read_bytes()
+    path.write_bytes(with_size(content[:512], size) + content[512:])
+    with pytest.raises(BadInput, match=r"a.tar is .*(cut off|damaged)"):
+        SampleSet.open(tmp_path)
 
 
 @pytest.mark.parametrize(

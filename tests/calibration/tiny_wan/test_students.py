@@ -109,13 +109,14 @@ def test_students_start_from_each_other_and_the_better_tuned_one_is_kept(tmp_pat
         assert file.metadata() == {"format": "pt", "distillation": "rcm"}
 
 
-def test_finished_students_are_taken_over(tmp_path, jobs) -> None:
+@pytest.mark.parametrize("place", ["out", "finished"], ids=["elsewhere", "in place"])
+def test_finished_students_are_taken_over(tmp_path, jobs, place) -> None:
     finished = tmp_path / "finished"
     finished.mkdir()
     shipped = load_file(embedded("tiny-wan-rcm"))
     for name in ("consistency", "rcm"):
         save_file(shipped, finished / f"{name}.safetensors", metadata={"distillation": "rcm"})
-    work, out = tmp_path / "work", tmp_path / "out"
+    work, out = tmp_path / "work", tmp_path / place
     students.train_students(students.StudentTraining(steps=1), work, out, CPU, finished)
     assert jobs["starts"] == [
         "sla from None",

@@ -11,8 +11,10 @@ from turbo_opt.calibration.flow import Denoiser
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
 from turbo_opt.calibration.networks import build_network, open_denoiser
+from turbo_opt.calibration.rcm.run import train_rcm
 from turbo_opt.calibration.rcm.schema import RCMJob
 from turbo_opt.calibration.sla.attention import Sparsity
+from turbo_opt.calibration.sla.objective import SLAObjective
 from turbo_opt.calibration.sla.run import train_sla
 from turbo_opt.calibration.sla.student import (
     add_projections,
@@ -22,10 +24,21 @@ from turbo_opt.calibration.sla.student import (
 )
 from turbo_opt.calibration.sla2.schema import RouterJob
 from turbo_opt.calibration.training import blocks
+from turbo_opt.calibration.training.objective import Loss
 from turbo_opt.calibration.training.world import World
 from turbo_opt.errors import BadInput, TurboOptError
 
 ALONE = World(0, 1, torch.device("cpu"))
+
+
+UNGUIDED = """\
+schema_version: 1
+job: rcm
+teacher: {source: ./teacher}
+data: {folder: samples, held_out: 2}
+rcm: {guidance_scale: 1.0, warm_up: 2, reverse: null, forward: {tangent: difference}}
+training: {steps: 2, batch: 2, compute_dtype: float32}
+"""
 
 
 def quiet(*told: object) -> None:
@@ -65,11 +78,14 @@ def test_a_compiled_training_is_the_same_training(home, graphs, tmp_path, activa
     assert after["true"] != pytest.approx(reports["true"]["before"]["held_out_loss"], rel=1e-3)
 
 
-def test_a_compiler_that_is_wrong_stops_the_training(home, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("share", [3.0, -1.0])
+def test_a_compiler_that_is_wrong_stops_the_training(home, tmp_path, monkeypatch, share) -> None:
     compile = torch.compile
 
     def wrong(graph: torch.fx.GraphModule, inputs: object) -> object:
-        return lambda *args: tuple(3 * out for out in graph.forward(*args))
+        return lambda *args: tuple(  # the right values, and `share` of their derivative
+            out.detach() + share * (out - out.detach()) for out in graph.forward(*args)
+        )
 
     torch.compiler.reset()
     monkeypatch.setattr(
@@ -77,11 +93,86 @@ def test_a_compiler_that_is_wrong_stops_the_training(home, tmp_path, monkeypatch
     )
     job = load_job(home / "job.yaml", SLAJob, ["training.compile=true"])
     with pytest.raises(
-        TurboOptError, match=r"compiled blocks' gradient has norm .* training.compile to f"
+        TurboOptError, match=r"student's gradient by compiled blocks .* training.compile to f"
     ):
         train_sla(job, tmp_path / "out", ALONE, progress=quiet)
     assert not (tmp_path / "out" / "model").exists()
     torch.compiler.reset()
+
+
+def test_a_compiler_that_fails_is_named_with_the_remedy(home, tmp_path, monkeypatch) -> None:
+    compile = torch.compile
+
+    def missing(graph: torch.fx.GraphModule, inputs: object) -> object:
+        raise RuntimeError("No working C++ compiler found")
+
+    torch.compiler.reset()
+    monkeypatch.setattr(
+        torch, "compile", lambda forward, **options: compile(forward, backend=missing, **options)
+    )
+    job = load_job(home / "job.yaml", SLAJob, ["training.compile=true"])
+    message = (
+        r"cannot be compiled here \(.*No working C\+\+ compiler.*; set training.compile to false"
+    )
+    with pytest.raises(TurboOptError, match=message):
+        train_sla(job, tmp_path / "out", ALONE, progress=quiet)
+    torch.compiler.reset()
+
+
+def test_a_student_that_is_still_its_teacher_is_trained(home, tmp_path, monkeypatch) -> None:
+    """Its first gradient is zero as written, and what is left of rounding when compiled."""
+    compile = torch.compile
+
+    def rounded(graph: torch.fx.GraphModule, inputs: object) -> object:
+        off = 1 + 1e-5 * torch.is_grad_enabled()
+        return lambda *args: tuple(off * out for out in graph.forward(*args))
+
+    torch.compiler.reset()
+    monkeypatch.setattr(
+        torch, "compile", lambda forward, **options: compile(forward, backend=rounded, **options)
+    )
+    (home / "unguided.yaml").write_text(UNGUIDED)
+    job = load_job(home / "unguided.yaml", RCMJob, ["training.compile=true"])
+    report = train_rcm(job, tmp_path / "out", ALONE, progress=quiet)
+    assert report["steps"] == 2
+    torch.compiler.reset()
+
+
+def test_a_network_whose_turn_comes_later_is_checked_too(home, tmp_path, monkeypatch) -> None:
+    """The first step is the fake score's, whose attention is dense; the student's is sparse."""
+    compile = torch.compile
+
+    def wrong(graph: torch.fx.GraphModule, inputs: object) -> object:
+        off = 9 * ("block_routing" in graph.code)  # of the derivative alone
+        return lambda *args: tuple(out + off * (out - out.detach()) for out in graph.forward(*args))
+
+    torch.compiler.reset()
+    monkeypatch.setattr(
+        torch, "compile", lambda forward, **options: compile(forward, backend=wrong, **options)
+    )
+    (home / "unguided.yaml").write_text(UNGUIDED)
+    settings = ["sla={topk: 0.5, block_q: 64, block_k: 64}", "rcm.reverse={student_every: 2}"]
+    settings += ["rcm.warm_up=0", "training.compile=true", "training.activations=keep"]
+    job = load_job(home / "unguided.yaml", RCMJob, settings)
+    with pytest.raises(TurboOptError, match=r"the student's gradient by compiled blocks is"):
+        train_rcm(job, tmp_path / "out", ALONE, progress=quiet)
+    assert (
+        len((tmp_path / "out" / "log.csv").read_text().splitlines()) <= 2
+    )  # before the first step
+    torch.compiler.reset()
+
+
+def test_a_gradient_that_is_not_finite_is_of_the_samples_not_of_the_compiler(
+    home, graphs, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(
+        SLAObjective,
+        "loss",
+        lambda self, *args, loss=SLAObjective.loss: Loss(loss(self, *args).value * torch.inf),
+    )
+    job = load_job(home / "job.yaml", SLAJob, ["training.compile=true"])
+    with pytest.raises(TurboOptError, match=r"the loss is not finite at step 1 of 4.*samples 00"):
+        train_sla(job, tmp_path / "out", ALONE, progress=quiet)
 
 
 class Block(torch.nn.Linear):
