@@ -29,6 +29,7 @@ from turbo_opt.calibration.sla.closed_form import (
 from turbo_opt.calibration.sla.companions import Companion
 from turbo_opt.calibration.sla.objective import STUDENT, SLAObjective
 from turbo_opt.calibration.sla.student import (
+    check_dense,
     check_start,
     initial_values,
     make_sparse,
@@ -125,6 +126,7 @@ def _open_companions(parts: Parts[SLAJob]) -> list[DenoiserFolder]:
     ]
     for each in found:
         check_same_architecture(parts.teacher, each)
+        check_dense(each)
     return found
 
 

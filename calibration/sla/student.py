@@ -97,6 +97,17 @@ def check_start(settings: SparseLinear, start: DenoiserFolder) -> None:
         )
 
 
+def check_dense(folder: DenoiserFolder) -> None:
+    """Raise BadInput if a companion is tuned for sparse attention. Reads no weights."""
+    stored = open_checkpoint(folder.path, {}, {}).unread
+    learned = [name for name in stored if f".attn1.{PROJECTION}." in name or f".{ROUTER}." in name]
+    if learned:
+        raise BadInput(
+            f"companions: {folder.path} has {learned[0]}: it is tuned for sparse attention, and "
+            "would be imitated with dense; name the model that it was before"
+        )
+
+
 def attend_sparsely(sparsity: Sparsity) -> Attend:
     """o = sparse branch + proj_l(linear branch), with the module's own `proj_l`."""
 

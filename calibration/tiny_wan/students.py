@@ -176,7 +176,7 @@ class _Trainings:
         with _timed(SOLVED):
             solve_sla(job, self._work / SOLVED, self._world, progress=_Progress(SOLVED))
         tuned[CLOSED_FORM] = self._tune(CLOSED_FORM, self._work / SOLVED / MODEL)
-        best = min(tuned, key=lambda name: float(tuned[name]["after"]["held_out_loss"]))
+        best = min(tuned, key=lambda name: _held_out_losses(tuned[name]))
         print(f"{SLA}.safetensors is {best}", flush=True)
         self._keep(best, SLA)
 
@@ -193,6 +193,11 @@ class _Trainings:
     def _keep(self, trained: str, name: str) -> None:
         self.models[name] = self._work / trained / MODEL
         _ship(self._work, trained, self._out, name)
+
+
+def _held_out_losses(report: Report) -> float:
+    """To the teacher and, merged, to the companion together: both are what it is for."""
+    return sum(float(value) for name, value in report["after"].items() if name.endswith("_loss"))
 
 
 def _pack_logs(work: Path, out: Path) -> None:

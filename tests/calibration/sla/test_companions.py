@@ -101,3 +101,14 @@ def test_a_companion_of_another_architecture_is_refused(home, tmp_path) -> None:
     with pytest.raises(BadInput, match="different architectures: num_layers is 2 and 3"):
         train_sla(job_of(home, other), tmp_path / "out", ALONE, progress=quiet)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_companion_that_is_tuned_itself_is_refused(home, companion, tmp_path) -> None:
+    tuned = tmp_path / "tuned"
+    shutil.copytree(companion, tuned)
+    weights = load_file(tuned / FILE)
+    weights["blocks.0.attn1.proj_l.weight"] = torch.zeros(1)
+    save_file(weights, tuned / FILE, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"has blocks\.0\.attn1\.proj_l\.weight: it is tuned"):
+        train_sla(job_of(home, tuned), tmp_path / "out", ALONE, progress=quiet)
+    assert not (tmp_path / "out").exists()
