@@ -6,12 +6,12 @@
 // With ROTATE, channels 2i and 2i + 1 of each head of 128 then turn by the token's i-th angle.
 //
 // A team of TEAM warps takes a row and keeps it in registers; or two, ROWS, without a branch, where
-// gain and bias are those of both and are read once. CHANNELS is a multiple of 256 · TEAM. BRANCH, GATE, GAIN
-// and BIAS say which of them there are; without GAIN, OFFSET + gain is 1. OUTPUT: 0 none, 1 bf16,
-// 2 e4m3 with a scale per 128 channels. PROGRAMS share a multiprocessor at least.
+// gain and bias are those of both and are read once. CHANNELS is a multiple of 256 · TEAM. BRANCH,
+// GATE, GAIN and BIAS say which of them there are; without GAIN, OFFSET + gain is 1. OUTPUT: 0 none,
+// 1 bf16, 2 e4m3 with a scale per 128 channels. PROGRAMS share a multiprocessor at least.
 //
-// Nothing that is read is written here; __restrict__ says so, or each load would wait for the store
-// before it.
+// No array that is read is written through another name; __restrict__ says so, or each load would
+// wait for the store before it.
 
 constexpr int STRIDE = 256 * TEAM, CHUNKS = CHANNELS / STRIDE;  // channels per step, steps
 

@@ -17,7 +17,9 @@ from benchmarks.clip_features import (
     frechet_distance,
     train_classifier,
 )
+from benchmarks.results import Record
 from benchmarks.student_curves import curve, draw
+from benchmarks.students.__main__ import _teacher
 from benchmarks.students.variants import TEACHER, Variant, better_student, variants
 from turbo_opt.calibration.tiny_wan.clips import render, sample_scenes
 
@@ -42,6 +44,18 @@ def test_the_student_is_the_one_that_is_right_more_often() -> None:
     assert better_student({}) == better_student(done) == "rcm"
     done[Variant("consistency", 1)] = {"all_right": 0.95}
     assert better_student(done) == "consistency"
+
+
+def test_the_teacher_may_be_of_an_earlier_process_that_judged_alike() -> None:
+    name = Variant(TEACHER, 50, guided=True).name
+    records = [
+        Record(f"h200/{name}", 0.99, "", 0.0, 512, config={"drawn_frechet": 64.0, "steps": 50}),
+        Record(f"cpu/{name}", 0.5, "", 0.0, 512, config={"drawn_frechet": 64.0}),
+    ]
+    assert _teacher({}, records, "h200", {"drawn_frechet": 64.0}) == {"teacher": 0.99}
+    assert _teacher({}, records, "h200", {"drawn_frechet": 12.7}) == {}
+    now = {Variant(TEACHER, 50, guided=True): {"all_right": 1.0}}
+    assert _teacher(now, records, "h200", {"drawn_frechet": 64.0}) == {"teacher": 1.0}
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
