@@ -26,6 +26,9 @@ constexpr u32 Q_BYTES = BLOCK_Q * HEAD_DIM, TILE_BYTES = BLOCK_K * HEAD_DIM;
 constexpr int PITCH = HEAD_DIM + 8;  // of a row of floats, so that a warp's rows lie in other banks
 constexpr u32 MAGIC = 0x4B400000u;
 constexpr float MAGIC_VALUE = 12582912.0f, LOG2_448 = 8.807354922057604f;
+// Up to here an exponent, from which 1.5·2²³ times the factor is taken, is right to 2⁻⁹.
+constexpr float COARSE_FACTOR = 1.0f / 384.0f;
+constexpr float LARGEST_FACTOR = 1e31f;  // times an integer sum it is still a number
 
 DEVICE void copy_tile(u32 target, const void *source, u32 bytes, u32 barrier) {
     barrier_expect(barrier, bytes);
@@ -96,12 +99,22 @@ DEVICE void take_exponentials(u32 (&s)[64], float (&shrink)[2], Rows &rows, floa
     float factor[2], offset[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float row_top = quad_max(__int_as_float(max(top[r][0], top[r][1])));
+        const float top_here = quad_max(__int_as_float(max(top[r][0], top[r][1])));
         factor[r] = rows.step[r] * k_step;
-        row_top = fmaxf(rows.largest[r], (row_top - MAGIC_VALUE) * factor[r]);
+        if (factor[r] > LARGEST_FACTOR) factor[r] = LARGEST_FACTOR;
+        const float here = (top_here - MAGIC_VALUE) * factor[r];
+        const float row_top = fmaxf(rows.largest[r], here);
         shrink[r] = exp2_fast(rows.largest[r] - row_top);
         rows.largest[r] = row_top;
         offset[r] = fmaf(-MAGIC_VALUE, factor[r], LOG2_448 - row_top);
+        if (factor[r] > COARSE_FACTOR) {
+#pragma unroll
+            for (int j = 0; j < 16; j++)
+#pragma unroll
+                for (int i = 2 * r; i < 2 * r + 2; i++)
+                    s[4 * j + i] = __float_as_uint(__uint_as_float(s[4 * j + i]) - top_here);
+            offset[r] = LOG2_448 + (here - row_top);
+        }
     }
 #pragma unroll
     for (int j = 0; j < 16; j++)

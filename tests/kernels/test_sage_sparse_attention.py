@@ -62,6 +62,16 @@ def test_triton_equals_the_reference(pv, largest_error, batch, heads, length, bl
     assert_attends(run_by("reference", NAME, *args), "triton", NAME, args, largest_error)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("magnitude", [1, 4, 8, 30, 200])
+def test_cuda_equals_the_reference_at_scores_of_any_size(magnitude, device):
+    """Those of 8 and more have integer sums whose steps are too large for its usual exponents."""
+    q, k, v = heads_of_one_product(1, 2, 700, torch.bfloat16, device)
+    lists = some_lists(1, 2, 700, (64, 128), 4, device)
+    args = (magnitude * q, magnitude * k, v, lists, 64, 128, "fp8")
+    assert_attends(run_by("reference", NAME, *args), "cuda", NAME, args, 0.05)
+
+
 def test_eight_bits_stay_close_to_sixteen():
     q, k, v = heads_of_one_product(1, 2, 300, torch.float32, "cpu")
     lists = some_lists(1, 2, 300, (64, 64), 3)
