@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..training.compiling import compiled
 from ..training.rates import learning_rate
 
 LossFunction = Callable[[], dict[str, Tensor]]
@@ -203,8 +204,8 @@ def _faster(
     eager_ms = _milliseconds(lambda: run(eager))
     started = time.monotonic()
     try:
-        compiled = torch.compile(eager, dynamic=False)
-        compiled_ms = _milliseconds(lambda: run(compiled))
+        faster_form = compiled(eager)
+        compiled_ms = _milliseconds(lambda: run(faster_form))
     except Exception as error:  # compilers fail in many ways; none may stop a training
         reason = str(error).strip().splitlines()
         print(f"{name}: not compiled ({type(error).__name__}: {reason[0] if reason else ''})")
@@ -214,7 +215,7 @@ def _faster(
         f"(compiled in {time.monotonic() - started:.0f} s)",
         flush=True,
     )
-    return compiled if compiled_ms < eager_ms else eager
+    return faster_form if compiled_ms < eager_ms else eager
 
 
 def autocast(device: torch.device, enabled: bool = True) -> torch.autocast:

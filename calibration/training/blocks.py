@@ -23,6 +23,7 @@ from torch.utils.checkpoint import (
 )
 
 import turbo_opt.kernels  # noqa: F401  (registers turbo_opt::*)
+from turbo_opt.calibration.training.compiling import compiled
 from turbo_opt.errors import TurboOptError
 
 _ATEN = torch.ops.aten
@@ -58,7 +59,7 @@ def set_up_blocks(network: nn.Module, activations: str = "keep", compile: bool =
             block.forward_as_written = block.forward
             block.forward = types.MethodType(again, block)
         if compile:
-            block.forward = torch.compile(block.forward, dynamic=False)
+            block.forward = compiled(block.forward)
 
 
 def uncompiled() -> AbstractContextManager[Any]:
