@@ -1,6 +1,7 @@
 """Speed and memory of `turbo-opt calibrate` on one and several GPUs, by the command itself.
 
     python -m benchmarks.training --gpus 1 2 4 --work DIR --out results/
+    python -m benchmarks.training --compile --work DIR --out results/
     python -m benchmarks.training --tiny --gpus 1 2 --work DIR --out DIR    # CPU, a few seconds
 
 A synthetic teacher (random weights) and synthetic clips of its size are written to `--work`. Each
@@ -83,7 +84,9 @@ def write_samples(folder: Path, case: Case) -> None:
     write_index(folder, index)
 
 
-def job(name: str, gpus: int, work: Path, *, selective: bool = True) -> dict[str, Any]:
+def job(
+    name: str, gpus: int, work: Path, *, selective: bool = True, compile: bool = False
+) -> dict[str, Any]:
     """A job file's content for that many GPUs."""
     together = min(gpus, 4)
     said: dict[str, Any] = {
@@ -97,6 +100,7 @@ def job(name: str, gpus: int, work: Path, *, selective: bool = True) -> dict[str
             "batch": gpus // together,
             "context_parallel": together,
             "activations": "selective" if selective else "keep",
+            "compile": compile,
         },
         "save": {"every": 1000},
         "log": {"every": 1},
@@ -151,7 +155,7 @@ def start(command: str, gpus: int, path: Path, out: Path, *more: str) -> subproc
 
 
 def steps_of(
-    name: str, gpus: int, work: Path, steps: int, longest: float, *, tiny: bool
+    name: str, gpus: int, work: Path, steps: int, longest: float, *, tiny: bool, compile: bool
 ) -> list[dict[str, str]]:
     """Rows of the first `steps` steps of a job, which is stopped then.
 
@@ -160,7 +164,8 @@ def steps_of(
     """
     path, out = work / f"{name}-{gpus}.yaml", work / f"{name}-{gpus}"
     shutil.rmtree(out, ignore_errors=True)  # the log of an earlier run is not this one's
-    path.write_text(json.dumps(job(name, gpus, work)), encoding="utf-8")  # JSON is YAML
+    said = json.dumps(job(name, gpus, work, compile=compile))  # JSON is YAML
+    path.write_text(said, encoding="utf-8")
     more = ("--device", "cpu") if tiny else ()
     process = start(name, gpus, path, out, *more)
     deadline = time.monotonic() + longest
@@ -186,6 +191,8 @@ def speed_record(
     rows: Sequence[dict[str, str]],
     rate: Ceiling,
     session: Session,
+    *,
+    compile: bool,
 ) -> Record:
     """Tokens per second; rCM's steps differ, so that a whole round of five is one sample.
 
@@ -204,9 +211,10 @@ def speed_record(
     low, _, high = quantiles(rounds, n=4) if len(rounds) > 1 else (rounds[0],) * 3
     bound = gpus * rate.value * 1e12 / operations(case, name)
     value = median(rounds)
+    how = "-compiled" if compile else ""
     peaks = [float(row["peak_gib"]) for row in rows if row.get("peak_gib")]
     return Record(
-        name=f"{session.gpu}/{case.name}/calibrate-{name}/{gpus}-gpus/tokens_per_s",
+        name=f"{session.gpu}/{case.name}/calibrate-{name}{how}/{gpus}-gpus/tokens_per_s",
         value=value,
         unit="tokens/s",
         spread=(high - low) / 2,
@@ -216,7 +224,7 @@ def speed_record(
         config={
             "peak_gib": max(peaks, default=None),
             "seconds_per_step": tokens / value,
-            "job": job(name, gpus, Path("."))["training"],
+            "job": job(name, gpus, Path("."), compile=compile)["training"],
             "topk": _TOPK,
         },
         environment=session.environment,
@@ -278,6 +286,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9, help="logged steps of each job")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=results.RESULTS)
+    parser.add_argument("--compile", action="store_true", help="blocks through torch.compile")
     parser.add_argument("--resume", action="store_true", help="only the loss after resuming")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     options = parser.parse_args()
@@ -298,8 +307,11 @@ def main() -> None:
     rate = session.bf16_matmul  # before any job, whose processes may outlive it for a while
     for name in options.jobs:
         for gpus in options.gpus:
-            rows = steps_of(name, gpus, options.work, options.steps, _LONGEST, tiny=options.tiny)
-            keep(speed_record(case, name, gpus, rows, rate, session))
+            how = {"compile": options.compile}
+            rows = steps_of(
+                name, gpus, options.work, options.steps, _LONGEST, tiny=options.tiny, **how
+            )
+            keep(speed_record(case, name, gpus, rows, rate, session, **how))
     records = results.read(out)
     print(results.tabulate([record for record in records if math.isfinite(record.value)]))
 

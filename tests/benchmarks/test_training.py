@@ -24,15 +24,19 @@ def log(seconds: list[float]) -> list[dict[str, str]]:
     ]
 
 
-def speed(name: str, seconds: list[float], gpus: int = 1):
+def speed(name: str, seconds: list[float], gpus: int = 1, compile: bool = False):
     case, session = CASES["1.3b"], Session(dry=True)
-    return training.speed_record(case, name, gpus, log(seconds), RATE, session)
+    return training.speed_record(case, name, gpus, log(seconds), RATE, session, compile=compile)
 
 
 def test_the_first_two_steps_do_not_count_and_the_median_is_taken() -> None:
     record = speed("sla", [50.0, 50.0, 2.0, 4.0, 1.0])
     assert record.value == pytest.approx(32_760 / 2)
     assert (record.runs, record.config["peak_gib"]) == (3, 2.5)
+    assert record.name.endswith("/calibrate-sla/1-gpus/tokens_per_s")
+    record = speed("sla", [1.0] * 4, compile=True)
+    assert record.name.endswith("/calibrate-sla-compiled/1-gpus/tokens_per_s")
+    assert record.config["job"]["compile"]
 
 
 def test_a_round_of_rcm_is_five_steps_and_one_round_has_no_spread() -> None:

@@ -7,6 +7,7 @@ The shipped model draws a caption; the inputs of its layers are recorded. Their 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from statistics import median
 
 import pytest
@@ -22,6 +23,7 @@ from tests.kernels.attention_checks import (
     masked_attention,
 )
 from tests.kernels.kernel_checks import relative_error, run_by, skip_unless_served
+from turbo_opt.calibration.scales.balance import exponents
 from turbo_opt.kernels import dequantize_activation, dequantize_weight, quantize_weight
 
 
@@ -98,6 +100,40 @@ def test_linear_layers_on_real_activations(scheme, provider, device):
         assert error <= BESIDE_ROUNDING * rounding, layer.name
         errors.append(error)
     assert median(errors) <= MEDIAN_ON_REAL[scheme]
+
+
+@pytest.mark.parametrize("provider", PRODUCTS)
+def test_int8_on_real_activations_whose_channels_are_balanced(provider, device):
+    """What `balance-channels` folds into the norms brings layers behind one to about 0.015."""
+    behind_a_norm = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "ffn.net.0.proj")
+    layers = [each for each in recording().linear if each.name.endswith(behind_a_norm)]
+    assert len(layers) == 40
+    errors = []
+    for layer in layers:
+        amax = layer.x.flatten(0, -2).abs().amax(0)
+        factor = torch.exp2(exponents(amax, layer.weight.abs().amax(0), 0.5).float())
+        balanced = replace(layer, x=layer.x / factor, weight=layer.weight * factor)
+        error, _ = run_linear(balanced, "int8-block", provider, device)
+        plain, _ = run_linear(layer, "int8-block", provider, device)
+        errors.append((error, plain))
+    assert max(error for error, _ in errors) <= 0.017
+    assert max(plain for _, plain in errors) > 0.022
+    assert median(error for error, _ in errors) <= 0.012
+
+
+@pytest.mark.parametrize(("tokens", "largest"), [(128, 0.030), (1, 0.020)])
+def test_what_int8_loses_behind_gelu_whatever_multiplies_it(tokens, largest):
+    """Rounded as by the scheme, or with a scale for each token, and multiplied in float64."""
+    layers = [each for each in recording().linear if each.name.endswith("ffn.net.2")]
+    errors = []
+    for layer in layers:
+        x, weight = layer.x.double().flatten(0, -2), layer.weight.double()
+        q = F.pad(x, (0, 0, 0, -len(x) % tokens)).unflatten(0, (-1, tokens)).unflatten(2, (-1, 128))
+        step = q.abs().amax((1, 3), keepdim=True) / 127
+        rounded = ((q / step).round() * step).flatten(2).flatten(0, 1)[: len(x)]
+        exact_weight = dequantize_weight(*quantize_weight(layer.weight, "int8-block")).double()
+        errors.append(relative_error(x @ weight.T, rounded @ exact_weight.T))
+    assert 0.95 * largest < max(errors) <= largest
 
 
 @pytest.mark.parametrize("provider", PRODUCTS)
