@@ -17,6 +17,7 @@ PIPELINES = {
     "sagesla-fp8": _FUSED.format(attention=_SAGESLA, scheme="fp8-block", fp8="true"),
     "sagesla-int8": _FUSED.format(attention=_SAGESLA, scheme="int8-block", fp8="false"),
     "fused-fp8": _FUSED.format(attention="", scheme="fp8-block", fp8="true"),
+    "sage-fp8": _FUSED.format(attention="sage-attention,", scheme="fp8-block", fp8="true"),
     "captured": "",
     "fuse-norms": "canonicalize,fuse-norms",
     "fp8-block": "canonicalize,fuse-norms,quantize-linear{scheme=fp8-block},fuse-norm-quantize",

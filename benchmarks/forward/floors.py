@@ -10,8 +10,8 @@ makes the operands of attention. Not counted, as a thousandth of it all: embeddi
 projection, modulation, scales, and the choice of blocks.
 
 Rates are the library's, measured in the same run: its products of 8192³ for linear layers, for the
-blocks that sparse attention keeps, and for the linear branch; its dense attention for attention to
-all keys.
+blocks that sparse attention keeps, for attention in 8 bits, and for the linear branch; its dense
+attention for attention to all keys in 16 bits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Computation:
 
     Attributes:
         scheme: of the operands of linear layers: "bf16", "int8-block" or "fp8-block".
-        attention: "dense", "sla", or "sagesla" with P and v in fp8.
+        attention: "dense", "sage" in 8 bits to all keys, "sla", or "sagesla"; the 8-bit forms with
+            P and v in fp8.
         topk: share of the key blocks that sparse attention keeps.
         block_k: tokens of a key block.
         padding_once: cross-attention computes one key for all of the padding.
@@ -62,6 +63,8 @@ class Computation:
         }
         if linear := passes.get("quantize-linear"):
             facts["scheme"] = linear.scheme  # type: ignore[attr-defined]
+        if "sage-attention" in passes:
+            facts["attention"] = "sage"
         if sparse := passes.get("sparse-attention"):
             facts["attention"] = sparse.mode  # type: ignore[attr-defined]
             facts["topk"], facts["block_k"] = sparse.topk, sparse.block_k  # type: ignore[attr-defined]
@@ -94,7 +97,7 @@ class Work:
         linear = 2 * tokens * (6 * dim**2 + 2 * dim * case.config["ffn_dim"])
         if not computation.prompt_once:
             linear += 2 * PROMPT_POSITIONS * 2 * dim**2
-        sparse = computation.attention != "dense"
+        sparse = computation.attention in ("sla", "sagesla")
         kept = kept_blocks(computation.topk, tokens, computation.block_k) * computation.block_k
         prompt = PROMPT_TOKENS + 1 if computation.padding_once else PROMPT_POSITIONS
         return cls(
@@ -114,6 +117,8 @@ def _moved_bytes_per_value(computation: Computation) -> int:
     cross_query = 2 + 2
     own = {
         "dense": 2 * (2 + 2),  # q and k, normalized and turned
+        # Normalized and turned, then k's mean and v's maxima, then the three in 8 bits.
+        "sage": 2 * (2 + 2) + 2 * 2 + 3 * (2 + 1),
         "sla": 2 * (2 + 2) + 2,  # and v read for the state, in k's pass
         # 8-bit q in one pass; k's mean and v's maxima are known after a pass of their own.
         "sagesla": (2 + 1) + 2 * (2 + 2 + 1),
@@ -127,8 +132,8 @@ class Rates:
 
     Attributes:
         products: by scheme.
-        kept_blocks: by mode of sparse attention.
-        attention: to all keys.
+        kept_blocks: of self-attention in 8 bits, or to some blocks, by kind.
+        attention: to all keys, in 16 bits.
         copy: bytes read and written.
     """
 
@@ -144,9 +149,10 @@ def measured_rates(case: Case, session: Session) -> Rates:
     query = torch.randn(shape, device=session.device, dtype=torch.bfloat16)
     timing = session.time(lambda: dense_attention(query, query, query), [()])
     operations = 4 * case.tokens**2 * case.channels
+    eight_bits = eight_bit_matmul(session)
     return Rates(
         {"bf16": session.bf16_matmul, **session.library_matmul},
-        {"sla": session.bf16_matmul, "sagesla": eight_bit_matmul(session)},
+        {"sla": session.bf16_matmul, "sage": eight_bits, "sagesla": eight_bits},
         Ceiling(operations / timing.ms / 1e9, "TFLOP/s", "the library's dense attention"),
         session.copy,
     )
@@ -166,7 +172,7 @@ def floor(case: Case, computation: Computation, rates: Rates, forwards: int = 1)
     what = (
         f"{f'{forwards} forwards: ' if forwards > 1 else ''}"
         f"linear at {products[computation.scheme].what}, "
-        f"{'self-attention' if dense else 'kept blocks'} at {attention.what}, "
+        f"{'kept blocks' if computation.topk < 1 else 'self-attention'} at {attention.what}, "
         f"{work.moved / 1e9:.2g} GB a block at {rates.copy.what}"
     )
     return Ceiling(forwards * case.config["num_layers"] * milliseconds, "ms", what)

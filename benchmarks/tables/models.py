@@ -14,6 +14,7 @@ _CONFIGURATIONS = {
     "fp8-block": "… `quantize-linear{scheme=fp8-block}`, `fuse-norm-quantize`",
     "int8-block": "… `quantize-linear{scheme=int8-block}`, `fuse-norm-quantize`",
     "fused-fp8": "fp8, all fusions, invariants hoisted, one CUDA graph; dense attention",
+    "sage-fp8": "the same with dense attention in 8 bits",
     "sla-bf16": "`sparse-attention{mode=sla topk=0.1}`, 16 bits, nothing else fused",
     "sagesla-fp8": "**SageSLA topk 0.1, fp8 linear layers, all passes**",
     "sagesla-int8": "SageSLA topk 0.1, int8 linear layers, all passes",

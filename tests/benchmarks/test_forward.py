@@ -57,6 +57,7 @@ def test_full_size_models_count_what_the_budget_says(model, linear, attention, m
         ("captured", Computation()),
         ("int8-block", Computation("int8-block")),
         ("fused-fp8", Computation("fp8-block", padding_once=True, prompt_once=True)),
+        ("sage-fp8", Computation("fp8-block", "sage", padding_once=True, prompt_once=True)),
         ("sla-bf16", Computation("bf16", "sla", 0.1)),
         ("sagesla-int8", Computation("int8-block", "sagesla", 0.1, 128, True, True)),
     ],
