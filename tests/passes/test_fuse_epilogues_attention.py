@@ -71,7 +71,7 @@ def test_a_near_miss_of_attention_says_why(optimize, net, reason):
 
 @pytest.mark.parametrize("wrong", [slice(0, 2), slice(3, 5)], ids=["q and k", "their weights"])
 def test_swapped_operands_of_attention_exceed_the_budget(optimize, monkeypatch, wrong):
-    from turbo_opt.passes import fuse_epilogues as module
+    from turbo_opt.passes._epilogues import attention as module
 
     honest = module.emit_attention
 

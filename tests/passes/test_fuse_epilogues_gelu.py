@@ -73,7 +73,7 @@ def test_a_layer_writes_its_quantized_gelu_where_that_is_asked_for(optimize):
 
 
 def test_a_layer_that_loses_its_bias_exceeds_the_budget(optimize, monkeypatch):
-    from turbo_opt.passes import fuse_epilogues as module
+    from turbo_opt.passes._epilogues import gelu as module
 
     def compare(found, new, editor):
         ((before, after),) = whole(found, new, editor)

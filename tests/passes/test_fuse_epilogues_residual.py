@@ -131,7 +131,7 @@ def test_two_norms_may_read_one_stream(optimize):
 
 
 def test_a_wrong_gate_exceeds_the_budget(optimize, monkeypatch):
-    from turbo_opt.passes import fuse_epilogues as module
+    from turbo_opt.passes._epilogues import residual as module
 
     def ungated(found, editor):
         return editor.call(ops.gated_residual.default, *found.inputs[:2], None)

@@ -1,0 +1,1 @@
+"""What `fuse-epilogues` fuses, one kind a file."""
