@@ -33,12 +33,20 @@ class Parts(Generic[AnyJob]):
 
     Attributes:
         start: where the student's weights begin: the teacher's folder, or an earlier student's.
+        companions: other models that are learned from.
     """
 
     job: AnyJob
     samples: SampleSet
     teacher: DenoiserFolder
     start: DenoiserFolder
+    companions: tuple[DenoiserFolder, ...] = ()
+
+    @property
+    def imitated(self) -> dict[str, Path]:
+        """Folders of the networks that are learned from, by what the job calls them."""
+        others = {f"companions[{i}]": each.path for i, each in enumerate(self.companions)}
+        return {"teacher": self.teacher.path, **others}
 
     @property
     def compute(self) -> torch.dtype:
@@ -113,7 +121,7 @@ def train(
     started = time.monotonic()
     objective = build()
     draw = preview(parts, out, world, schedule)
-    trainer = Trainer(job, out, objective, parts.samples, world, draw)
+    trainer = Trainer(job, out, objective, parts.samples, world, draw, parts.imitated)
     adjust(trainer)
     if resume:
         trainer.resume()

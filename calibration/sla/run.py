@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,19 +116,13 @@ def _open(job: SLAJob) -> Parts[SLAJob]:
     """Everything that can be wrong, before any weight is read."""
     parts = open_parts(job, job.student.start)
     check_start(job.sla, parts.start)
-    _open_companions(parts)
-    return parts
-
-
-def _open_companions(parts: Parts[SLAJob]) -> list[DenoiserFolder]:
-    job = parts.job
-    found = [
+    companions = tuple(
         open_denoiser(each.source, job.teacher.denoiser, job.folder) for each in job.companions
-    ]
-    for each in found:
+    )
+    for each in companions:
         check_same_architecture(parts.teacher, each)
         check_dense(each)
-    return found
+    return replace(parts, companions=companions)
 
 
 def _objective(parts: Parts[SLAJob], world: World) -> SLAObjective:
@@ -154,7 +149,7 @@ def _objective(parts: Parts[SLAJob], world: World) -> SLAObjective:
 
     companions = [
         Companion(dense(folder), sparse(), NoiseLevels.of(each.noise, parts.teacher))
-        for each, folder in zip(job.companions, _open_companions(parts), strict=True)
+        for each, folder in zip(job.companions, parts.companions, strict=True)
     ]
     return SLAObjective(
         sparse(),

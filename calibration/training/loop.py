@@ -18,6 +18,7 @@ from turbo_opt.calibration.flow import autocast
 from turbo_opt.calibration.jobs.schema import Job
 from turbo_opt.calibration.training.blocks import first_compilation, uncompiled
 from turbo_opt.calibration.training.checkpoints import Checkpoints, read_record
+from turbo_opt.calibration.training.identity import check_same_job, identity_of
 from turbo_opt.calibration.training.logs import Log
 from turbo_opt.calibration.training.objective import Objective
 from turbo_opt.calibration.training.rates import learning_rate
@@ -30,11 +31,6 @@ Progress = Callable[[int, int, str], None]
 """Told (steps done, steps in all, the last loss as text)."""
 Draw = Callable[[int, torch.nn.Module], Mapping[str, float]]
 """Makes clips with a network after a step; what is measured of them goes to the log."""
-_SAME_SECTIONS = ("job", "teacher", "noise", "sla", "student", "rcm", "router", "companions")
-_SAME_KEYS = {
-    "training": ("batch", "seed", "draws", "average", "compute_dtype"),
-    "data": ("held_out", "unconditional_share"),
-}
 _EVALUATION_SEED = 1_000_003
 MOST_APART = 0.5
 """Of one gradient, rounded differently, in lengths; 0.03 to 0.05 was seen in bfloat16."""
@@ -52,6 +48,8 @@ class Trainer:
         objective: what is trained.
         samples: what it is trained on.
         draw: makes the clips of the job's `samples`; None makes none.
+        imitated: folders of the networks that are learned from, by what the job calls them; a
+            checkpoint of others is not taken over.
     """
 
     def __init__(
@@ -62,6 +60,7 @@ class Trainer:
         samples: SampleSet,
         world: World,
         draw: Draw | None = None,
+        imitated: Mapping[str, Path] | None = None,
     ) -> None:
         self.job, self.out, self.objective, self.world = job, out, objective, world
         self.trainees = {
@@ -87,6 +86,7 @@ class Trainer:
             samples, self._held_out, _EVALUATION_SEED, world.device, unconditional
         )
         self._samples = samples
+        self._identity = identity_of(job, len(samples), imitated or {})
 
     @property
     def shipped(self) -> Trainee:
@@ -103,7 +103,7 @@ class Trainer:
         if path is None:
             return False
         record = read_record(path)
-        _check_same_job(path, record.get("identity"), self._identity())
+        check_same_job(path, record.get("identity"), self._identity)
         self.checkpoints.load(path, self._tensors())
         for trainee in self.trainees.values():
             trainee.loaded()
@@ -212,25 +212,29 @@ class Trainer:
         """Raise TurboOptError unless compiled blocks give each network the gradient that they give
         as written, but for rounding, in the first step that is its turn. All processes call.
 
-        A gradient that is zero as written, of a student that is still its teacher, says nothing; of
-        one that is not finite the step itself names the samples.
+        Nothing is said by a gradient that is zero as written, or one of rounding: of a student that
+        is still its teacher; predictions are of unit size, and their squared differences then no
+        larger than what the compute dtype rounds. Of a gradient that is not finite the step itself
+        names the samples.
         """
+        rounding = torch.finfo(getattr(torch, self.job.training.compute_dtype)).eps ** 2
         for turn, trainee in self.trainees.items():
             steps = range(self.step, self.job.training.steps)
             if not any(self.objective.turn(step) == turn for step in steps):
                 continue
-            gradients = []
+            gradients, losses = [], []
             for run in (uncompiled, first_compilation):
                 with run():
                     with self._autocast():
                         loss = self.objective.loss(next(self._micro_batches()), turn).value
                     loss.backward()
                     gradients.append(trainee.gradient())
+                    losses.append(abs(float(self.world.mean(loss.detach()))))
                 for each in self.trainees.values():
                     each.forget_gradient()
             written, compiled = gradients
             length = norm_of(written)
-            if length == 0 or not math.isfinite(length):
+            if length == 0 or not math.isfinite(length) or max(losses) < rounding:
                 continue
             apart = norm_of({name: compiled[name] - value for name, value in written.items()})
             if not apart <= MOST_APART * length:
@@ -266,7 +270,7 @@ class Trainer:
             self._log(log, row)
         self.checkpoints.poll()
         if last or self.step % job.save.every == 0:
-            record = {"identity": self._identity(), "minutes": self._elapsed()}
+            record = {"identity": self._identity, "minutes": self._elapsed()}
             self.checkpoints.save(self.step, self._tensors(), record)
         return scores
 
@@ -280,15 +284,6 @@ class Trainer:
             for name, trainee in self.trainees.items()
             for key, tensor in trainee.tensors().items()
         }
-
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with the job that takes it over."""
-        said = self.job.canonical()
-        identity = {key: said[key] for key in _SAME_SECTIONS if key in said}
-        for section, keys in _SAME_KEYS.items():
-            identity[section] = {key: said[section][key] for key in keys}
-        identity["data"]["samples"] = len(self._samples)
-        return identity
 
     def _where_not_finite(self, what: str, seen: list[tuple[Batch, float]]) -> str:
         """The message; all processes call, as all stop."""
@@ -324,27 +319,3 @@ def micro_batch(job: Job, world: World) -> int:
             f"training.micro_batch: {wanted} does not divide the {share} samples of a process"
         )
     return wanted or share
-
-
-def _check_same_job(path: Path, theirs: Any, ours: Mapping[str, Any]) -> None:
-    if not isinstance(theirs, dict):
-        raise BadInput(f"{path}: does not say what job it is of")
-    different = [
-        f"{f'{section}.{key}' if key else section}: {then.get(key)!r} then, {now.get(key)!r} now"
-        for section in dict.fromkeys([*ours, *theirs])
-        for then, now in [(_mapping(theirs.get(section)), _mapping(ours.get(section)))]
-        for key in sorted({*then, *now})
-        if then.get(key) != now.get(key)
-    ]
-    if different:
-        raise BadInput(
-            f"{path}: is a checkpoint of another job ({'; '.join(different)}); give this job a "
-            "folder of its own"
-        )
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    """A section's keys; one that is absent or empty has none."""
-    if isinstance(value, dict):
-        return value
-    return {"": value} if value else {}

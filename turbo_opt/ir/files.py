@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,15 @@ class SafetensorsFile:
         """A digest that stands for the content; see `file_identity`."""
         return file_identity(self.path, self._header)
 
+    @functools.cached_property
+    def content(self) -> str:
+        """A digest that stands for the tensors alone: their names, places and 64 samples, not
+        when or where the file was written and what it says of itself."""
+        hasher = hashlib.sha256(json.dumps(self._header, sort_keys=True).encode())
+        for sample in _samples(self.path, self._data_start):
+            hasher.update(sample)
+        return hasher.hexdigest()
+
     def _entry(self, key: str) -> dict[str, Any]:
         entry = self._header.get(key)
         if entry is None:
@@ -141,12 +150,18 @@ def file_identity(path: str, header: Mapping[str, Any]) -> str:
     stat = os.stat(path)
     hasher = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
     hasher.update(json.dumps(header, sort_keys=True).encode())
-    with open(path, "rb", buffering=0) as handle:
-        span = max(stat.st_size - _SAMPLE_BYTES, 0)
-        for index in range(_SAMPLES):
-            handle.seek(span * index // max(_SAMPLES - 1, 1))
-            hasher.update(handle.read(_SAMPLE_BYTES))
+    for sample in _samples(path):
+        hasher.update(sample)
     return hasher.hexdigest()
+
+
+def _samples(path: str, start: int = 0) -> Iterator[bytes]:
+    """Bytes from 64 places of a file, evenly from `start` to its end."""
+    with open(path, "rb", buffering=0) as handle:
+        span = max(os.fstat(handle.fileno()).st_size - start - _SAMPLE_BYTES, 0)
+        for index in range(_SAMPLES):
+            handle.seek(start + span * index // max(_SAMPLES - 1, 1))
+            yield handle.read(_SAMPLE_BYTES)
 
 
 @functools.lru_cache(maxsize=256)

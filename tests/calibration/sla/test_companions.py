@@ -96,6 +96,21 @@ def test_both_are_nearer_to_their_dense_models_after_the_tuning(home, companion,
         assert report["after"][name] < 0.95 * report["before"][name]
 
 
+def test_a_companion_that_was_trained_anew_in_its_place_stops_a_resume(
+    home, companion, tmp_path
+) -> None:
+    own, out = tmp_path / "own", tmp_path / "out"
+    shutil.copytree(companion, own)
+    job = job_of(home, own, "training.steps=1", "save.every=1")
+    train_sla(job, out, ALONE, progress=quiet)
+    (own / FILE).touch()
+    assert train_sla(job, out, ALONE, resume=True, progress=quiet)["first_step"] == 1
+    weights = {name: value + 0.001 for name, value in load_file(own / FILE).items()}
+    save_file(weights, own / FILE, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"other weights than are there now of companions\[0\]"):
+        train_sla(job, out, ALONE, resume=True, progress=quiet)
+
+
 def test_a_companion_of_another_architecture_is_refused(home, tmp_path) -> None:
     other = write_tiny_folder(tmp_path / "other", transformer={"num_layers": 3})
     with pytest.raises(BadInput, match="different architectures: num_layers is 2 and 3"):

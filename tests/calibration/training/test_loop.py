@@ -247,3 +247,34 @@ def test_a_resumed_training_remembers_the_minutes_it_has_used(home, tmp_path, mo
     first, _ = rates(home, tmp_path, *settings)
     again, _ = rates(home, tmp_path, *settings)
     assert again.step == first.step
+
+
+def test_a_training_stopped_halfway_uses_the_other_half_of_its_minutes(
+    home, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("turbo_opt.calibration.training.loop.time", Clock())
+    settings = ("training.steps=1000", "training.minutes=1.0", "save.every=1", "log.every=1")
+    settings = (*settings, "save.asynchronous=false", "log.evaluate_every=1000")
+    straight = trainer(home, tmp_path / "a", *settings)
+    straight.run()
+
+    stopped = trainer(home, tmp_path / "b", *settings)
+    real, half = stopped._train_step, straight.step // 2
+
+    def until_half(rate: float):
+        if stopped.step == half:
+            raise KeyboardInterrupt
+        return real(rate)
+
+    stopped._train_step = until_half  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+
+    resumed = trainer(home, tmp_path / "b", *settings)
+    assert resumed.resume() and resumed.step == half > 5
+    resumed.run()
+    assert abs(resumed.step - straight.step) <= 1
+    with (tmp_path / "b" / "log.csv").open(newline="") as file:
+        rates = [float(row["rate"]) for row in csv.DictReader(file) if row.get("rate")]
+    falling = rates[half // 2 :]
+    assert falling == sorted(falling, reverse=True) and falling[-1] < 0.1 * falling[0]
