@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks.training_guide.document import LARGER, TITLE, commands, write_files
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
 from turbo_opt.calibration.rcm.schema import RCMJob
@@ -27,92 +23,12 @@ from turbo_opt.ir.rcm import SIGMA_MAX, rcm_schedule
 from turbo_opt.passes.sparse_attention import SparseAttention, block_sizes
 from turbo_opt.targets import get_target
 
-GUIDE = Path(__file__).parents[1] / "docs" / "training.md"
-TITLE, LARGER = "From a teacher to a four-step sparse student", "Wan2.1 1.3B, on several GPUs"
-RECORD = """
-say() { printf '%s\\0' "$@"; echo; }
-turbo-opt() { say 1 "$@"; }
-torchrun() { [ "$1 $3 $4" = "--nproc-per-node -m turbo_opt" ] && say "$2" "${@:5}"; }
-"""
-"""Has a shell say what it would run: the number of processes, then the arguments."""
-
-SIZE = ("generate.height=32", "generate.width=32", "generate.num_frames=5")
-TRAINING = (
-    *("training.steps=5", "training.minutes=null", "training.batch=2", "data.held_out=1"),
-    "training.compile=false",
-)
-CUTS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
-    "data": (("--count", "4", "--device", "cpu"), (*SIZE, "generate.num_inference_steps=1")),
-    "rcm": (("--device", "cpu"), TRAINING),
-    "sla": (("--device", "cpu"), TRAINING),
-    "run": (("--no-cache", "--no-verify"), SIZE),
-    "generate": (("--device", "cpu"), ()),
-}
-"""Command → options and settings of less work."""
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command line of the guide.
-
-    Attributes:
-        processes: that run it.
-        words: the arguments of `turbo-opt`.
-    """
-
-    processes: int
-    words: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return self.words[1] if self.words[0] == "calibrate" else self.words[0]
-
-    @property
-    def shorter(self) -> tuple[str, ...]:
-        """The arguments, with those that cut it down."""
-        options, settings = CUTS[self.name]
-        said = [word for setting in settings for word in ("--set", setting)]
-        return (*self.words, *options, *said, "--json")
-
-    def parsed(self) -> dict[str, Any]:
-        """What the command itself makes of its arguments."""
-        words, command = list(self.words), cli
-        while isinstance(command, click.Group):
-            found = command.get_command(click.Context(command), words.pop(0))
-            assert found is not None, self.words
-            command = found
-        return command.make_context(self.name, words).params
-
-
-def section(title: str) -> str:
-    """A section's text, up to the next heading."""
-    found = re.search(rf"^##+ {re.escape(title)}$(.*?)^##", GUIDE.read_text(), re.M | re.S)
-    assert found is not None, title
-    return found[1]
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
-
-
-def commands(title: str) -> list[Command]:
-    """The command lines of a section's shell block, as a shell reads them."""
-    (script,) = blocks(section(title), "sh")
-    said = subprocess.run(
-        ["bash", "-euc", RECORD + script], capture_output=True, text=True, check=True
-    ).stdout
-    lines = [line.split("\0")[:-1] for line in said.splitlines()]
-    return [Command(int(count), tuple(words)) for count, *words in lines]
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the guide's YAML files."""
     folder = tmp_path_factory.mktemp("guide")
-    for text in blocks(section(TITLE), "yaml"):
-        name = re.match(r"# (\w+\.yaml)\n", text)
-        assert name is not None, text
-        (folder / name[1]).write_text(text)
+    assert write_files(TITLE, folder) == ["rcm.yaml", "sla.yaml", "fast.yaml"]
     return folder
 
 
@@ -123,7 +39,8 @@ def reports(files: Path) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(files)
         for command in commands(TITLE):
-            result = CliRunner().invoke(cli, command.shorter, prog_name="turbo-opt")
+            words = (*command.shorter.words, "--json")
+            result = CliRunner().invoke(cli, words, prog_name="turbo-opt")
             assert result.exit_code == 0, (command.words, result.stderr)
             found.append(json.loads(result.stdout))
     return found

@@ -20,8 +20,8 @@ from benchmarks.clip_features import (
     frechet_distance,
     train_classifier,
 )
+from benchmarks.students.held_out import HeldOutClips, schedule_of
 from benchmarks.students.variants import MERGED, RCM, SLA, STUDENT, TEACHER, Variant
-from turbo_opt.calibration.data.samples import padded_positions
 from turbo_opt.calibration.flow import Sampled
 from turbo_opt.calibration.networks import build_network, open_denoiser
 from turbo_opt.calibration.sla.attention import Sparsity
@@ -33,25 +33,13 @@ from turbo_opt.calibration.sla.student import (
     set_attention,
     zero_projections,
 )
-from turbo_opt.calibration.tiny_wan import whole_clip
-from turbo_opt.calibration.tiny_wan.architecture import TEXT_LENGTH
-from turbo_opt.calibration.tiny_wan.clips import Scene, caption, render, sample_scenes
-from turbo_opt.calibration.tiny_wan.detectors import ATTRIBUTES, score_batch
-from turbo_opt.calibration.tiny_wan.evaluate import (
-    contact_sheet,
-    load_pipeline,
-    starting_noise,
-)
-from turbo_opt.calibration.tiny_wan.samples import encode_captions
+from turbo_opt.calibration.tiny_wan.clips import Scene, render
+from turbo_opt.calibration.tiny_wan.detectors import score_batch
+from turbo_opt.calibration.tiny_wan.evaluate import contact_sheet
 from turbo_opt.calibration.training.world import World
-from turbo_opt.capture.sampling import pipeline_schedule
 from turbo_opt.compiler.pipeline import parse_pipeline
-from turbo_opt.ir.rcm import SIGMA_MAX, rcm_schedule
-from turbo_opt.ir.schedule import Schedule
 from turbo_opt.runtime.module import CompiledTransformer
-from turbo_opt.runtime.sampler import sample
 
-_GUIDANCE = 4.0
 _BLOCK = 64
 _COMPILED = (
     "canonicalize,fuse-norms,{sparse}fuse-qk-norm-rope,quantize-linear{{scheme={scheme}}},"
@@ -81,17 +69,11 @@ class Scorer:
         classifier_steps: int,
         seed: int = 0,
     ) -> None:
-        self._students, self._device, self._batch, self._seed = students, device, batch, seed
+        self._students, self._device, self._batch = students, device, batch
         self._folder = open_denoiser("tiny-wan", "transformer")
-        self._pipeline = load_pipeline(self._folder.pipeline.path, device)
-        self.scenes = sample_scenes(count, seed, split="held-out")
+        self._clips = HeldOutClips(self._folder, device, count, batch, seed)
+        self.scenes = self._clips.scenes
         self._wanted = [scene.combination for scene in self.scenes]
-        captions = [caption(scene) for scene in self.scenes]
-        embeds = encode_captions(self._pipeline, ["", *dict.fromkeys(captions)])
-        padded = {text: padded_positions(value, TEXT_LENGTH) for text, value in embeds.items()}
-        self._prompts = torch.stack([padded[text] for text in captions]).to(device)
-        self._empty = padded[""].to(device)
-        self._noise = starting_noise(count, seed)
         self._weights: dict[str, dict[str, Tensor]] = {}
         self._network = build_network(
             self._folder, World(0, 1, device), add_projections, self._zero
@@ -145,9 +127,7 @@ class Scorer:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.monotonic() - started
-        right = score_batch(videos, self._wanted)
-        scores = {name: sum(each[name] for each in right) / len(right) for name in ATTRIBUTES}
-        scores["all_right"] = sum(all(each.values()) for each in right) / len(right)
+        scores = self._clips.shares_right(videos)
         if self._pairs:
             scores["diversity"] = self._difference(videos) / self._difference(self._drawn_clips)
         scores["frechet"] = frechet_distance(features_of(self._classifier, videos), self._real)
@@ -159,39 +139,10 @@ class Scorer:
         right = score_batch(shown, self._wanted[:clips])
         contact_sheet(shown, self._wanted[:clips], right).save(path)
 
-    @torch.no_grad()
     def _draw(self, variant: Variant) -> Tensor:
-        schedule = self._schedule(variant)
         network: Any = self._compiled(variant) if variant.scheme else self._eager(variant)
-        videos = []
-        for start in range(0, len(self._prompts), self._batch):
-            prompts = self._prompts[start : start + self._batch]
-            noise = self._noise[start : start + self._batch].to(self._device, schedule.dtype)
-            latents = sample(
-                {"transformer": network},
-                schedule,
-                prompts,
-                self._empty.expand_as(prompts) if variant.guided else None,
-                latents=noise * schedule.initial_noise_scale,
-                generator=torch.Generator(self._device).manual_seed(self._seed + start),
-            )
-            vae = self._pipeline.vae
-            videos += [
-                whole_clip.decode(vae, whole_clip.denormalise(vae, part)).clamp(-1, 1)
-                for part in latents.split(64)
-            ]
-        return torch.cat(videos)
-
-    def _schedule(self, variant: Variant) -> Schedule:
-        if not variant.guided:
-            return rcm_schedule(variant.steps, SIGMA_MAX, "sde")
-        pipeline = self._folder.pipeline
-        return pipeline_schedule(
-            pipeline.path,
-            pipeline.components,
-            num_inference_steps=variant.steps,
-            guidance_scale=_GUIDANCE,
-        )
+        schedule = schedule_of(variant, self._folder)
+        return self._clips.draw({"transformer": network}, schedule, guided=variant.guided)
 
     def _eager(self, variant: Variant) -> Sampled:
         own = self._weights_of(variant.weights)

@@ -13,9 +13,9 @@ from benchmarks.tables.compiler import compilation, passes
 from benchmarks.tables.kernels import attention, linear
 from benchmarks.tables.models import clips, forward
 from benchmarks.tables.targets import shares, targets
-from benchmarks.tables.training import scores, students, training
+from benchmarks.tables.training import guide, scores, students, training
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "tiny-wan.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("tiny-wan.md", "training.md")))
 """Where there are tables."""
 TABLES: dict[str, Callable[[], str]] = {
     "passes": passes,
@@ -26,6 +26,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "shares": shares,
     "linear": linear,
     "training": training,
+    "guide": guide,
     "students": students,
     "scores": scores,
     "compilation": compilation,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from benchmarks.results import Record
 from benchmarks.tables.cells import MODELS, by_name
+from benchmarks.targets import GPU
 
 _STUDENTS = {
     "teacher": "teacher",
@@ -12,6 +13,21 @@ _STUDENTS = {
     "rcm-sla": "rCM student, tuned with sparse attention",
 }
 """Weights of tiny-wan that the table has, in its order."""
+_GUIDE = (
+    ("clips", (1,), "2, by estimate",
+     "4,096 of the teacher's, fifty guided steps each, 128 at once; stopped, the same command goes "
+     "on"),
+    ("first `rcm`", (2,), "3",
+     "four steps by consistency alone: every step is the student's"),
+    ("second `rcm`", (3,), "3",
+     "from there by both terms: every fifth step is the student's, the others the fake score's"),
+    ("`sla`", (4,), "7",
+     "the teacher and its companion, the student, take turns"),
+    ("`run`, `generate`", (5, 6), "under 1, by estimate",
+     "100 evaluations of the network a clip become 4"),
+)  # fmt: skip
+"""What the training guide's commands do: their numbers, and their minutes until a run of the guide
+is recorded."""
 _SCORED = ("teacher", "consistency", "rcm", "sla", "merged", "rcm-sla")
 
 
@@ -32,6 +48,22 @@ def training() -> str:
                 f"{'' if share is None else f'{share:.2f}'} | "
                 f"{record.config['peak_gib']:.1f} GiB |"
             )
+    return "\n".join(lines)
+
+
+def guide() -> str:
+    """The commands of the training guide and what each took, as it was run."""
+    record = by_name("training_guide.json").get(f"{GPU}/tiny-wan/training_guide_minutes")
+    lines = ["| | minutes on an H200 | |", "| --- | ---: | --- |"]
+    for title, numbers, until_recorded, what in _GUIDE:
+        minutes = until_recorded
+        if record is not None:
+            minutes = f"{sum(record.config['minutes'][number - 1] for number in numbers):.1f}"
+        lines.append(f"| {title} | {minutes} | {what} |")
+    if record is not None:
+        captions, right = record.config["captions"], 100 * record.quality["all_right"]
+        result = f"{right:.1f} % of {captions} held-out clips have all attributes right"
+        lines.append(f"| all | {record.value:.1f} | {result} |")
     return "\n".join(lines)
 
 
