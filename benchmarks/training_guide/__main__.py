@@ -19,8 +19,8 @@ from turbo_opt.calibration.places import MODEL, REPORT
 
 FILE = "training_guide.json"
 NAME = "tiny-wan/training_guide_minutes"
-_SCORING = 90.0
-"""Seconds that drawing and judging may take on a GPU."""
+_SCORING, _TO_BEGIN = 90.0, 60.0
+"""Seconds that drawing and judging may take on a GPU; that a training needs to be of use."""
 
 
 @tensor_float()
@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--work", type=Path, required=True, help="where the commands run; the same to go on")
     add("--out", type=Path, default=results.RESULTS, help=f"where {FILE} is written")
     add("--budget", type=float, help="seconds of this call, after which the same command goes on")
+    add("--cut", action="store_true", help="begin trainings that the budget will stop")
     add("--captions", type=int, default=512)
     add("--batch", type=int, default=256, help="clips that are drawn at once")
     add("--tiny", action="store_true", help="on a CPU: that it runs, not what it measures")
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     work.mkdir(parents=True, exist_ok=True)
     write_files(TITLE, work)
     said = [command.shorter if options.tiny else command for command in commands(TITLE)]
-    parts = Parts(work, said)
+    parts = Parts(work, said, least=(lambda *_: _TO_BEGIN) if options.cut else None)
     whole = parts.run(options.budget)
     left = None if options.budget is None else options.budget - (time.monotonic() - started)
     if not whole or (left is not None and left < _SCORING < options.budget):
