@@ -1,12 +1,14 @@
 """How much of a four-step denoising run the GPU waits: the share of time in which no kernel runs.
 
     python -m benchmarks.idle_share --model 1.3b --out results/
+    python -m benchmarks.idle_share --model tiny-wan --configuration fused-fp8 --loop-graph
 
 The optimized graph of `benchmarks.forward` (random weights) denoises a clip in rCM's four steps,
 after runs that compile, tune and record. PyTorch's profiler gives the start and end of every kernel
 and copy on the device; idle is what their union leaves between the first start and the last end.
-Without a GPU, `--dry-run` takes the outermost CPU operators of a tiny model instead: it proves that
-the script runs.
+With `--loop-graph` the run is timed instead, without a profiler, in turn as one CUDA graph and as
+one for each step. Without a GPU, `--dry-run` takes the outermost CPU operators of a tiny model
+instead: it proves that the script runs.
 """
 
 from __future__ import annotations
@@ -26,12 +28,21 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import results
 from benchmarks.forward import ATTENTION, CASES, PIPELINES, Bench, Case, measure
-from benchmarks.kernels._harness import Session
+from benchmarks.forward.timing import milliseconds
+from benchmarks.kernels._harness import Session, Timing
 from benchmarks.results import Record
 
 Interval = tuple[float, float]
 """Start and end, in microseconds."""
 _RUNS = 5
+_TINY_WAN = Case(
+    "tiny-wan",
+    {**CASES["tiny"].config, "num_layers": 4, "ffn_dim": 768, "text_dim": 128},
+    (5, 24, 24),
+    runs=30,
+)
+"""The size of the embedded model and its clips, with random weights."""
+_CASES = {**CASES, "tiny-wan": _TINY_WAN}
 
 
 def idle_share(intervals: Iterable[Interval]) -> float:
@@ -93,19 +104,55 @@ def run(case: Case, session: Session, configuration: str) -> Record:
     )
 
 
+def run_loop_graph(case: Case, session: Session, configuration: str) -> Record:
+    """Time four steps as one CUDA graph, and beside it as one graph for each step."""
+    bench = Bench(case, session)
+    module, _ = bench.optimized(PIPELINES[configuration])
+    clips = {loop: bench.clip(module, loop_graph=loop) for loop in (False, True)}
+    for clip in clips.values():
+        measure(bench, clip, warmup=3)
+    times: dict[bool, list[float]] = {loop: [] for loop in clips}
+    with torch.no_grad(), sdpa_kernel(ATTENTION, set_priority=True):
+        for _ in range(case.runs):  # in turn, as a GPU slows down while it gets warm
+            for loop, clip in clips.items():
+                times[loop].append(milliseconds(clip, bench.device.type == "cuda"))
+    status = module.loop_graph_status
+    found = {loop: Timing.of(each) for loop, each in times.items()}
+    return session.add(
+        f"{case.name}/loop_graph",
+        found[True].ms,
+        "ms",
+        found[True].spread_ms,
+        found[True].runs,
+        baseline={"step_graphs": found[False].ms},
+        config={
+            "configuration": configuration,
+            "pipeline": PIPELINES[configuration],
+            "latent": list(case.latent),
+            "steps": 4,
+            "loop_graph_status": status,
+            "step_graphs_spread_ms": found[False].spread_ms,
+        },
+    )
+
+
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=sorted(CASES), default="1.3b")
+    parser.add_argument("--model", choices=sorted(_CASES), default="1.3b")
     parser.add_argument("--configuration", choices=sorted(PIPELINES), default="sagesla-fp8")
     parser.add_argument("--out", type=Path, default=results.RESULTS)
+    parser.add_argument(
+        "--loop-graph", action="store_true", help="time four steps as one CUDA graph and as four"
+    )
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with --model tiny")
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
         print("no CUDA device; --dry-run --model tiny runs on the CPU", file=sys.stderr)
         return 2
     session = Session(dry=options.dry_run)
-    record = run(CASES[options.model], session, options.configuration)
+    measured = run_loop_graph if options.loop_graph else run
+    record = measured(_CASES[options.model], session, options.configuration)
     results.merge(options.out / "idle_share.json", [record])
     print(results.tabulate([record]))
     print(json.dumps(record.config))

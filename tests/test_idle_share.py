@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.idle_share import idle_share, work_intervals
+from benchmarks.forward import CASES
+from benchmarks.idle_share import idle_share, run_loop_graph, work_intervals
+from benchmarks.kernels._harness import Session
 
 
 @pytest.mark.parametrize(
@@ -44,3 +46,10 @@ def test_the_profiler_gives_intervals_that_cover_the_work():
     x = torch.randn(400, 400)
     intervals = work_intervals(lambda: x @ x, torch.device("cpu"))
     assert intervals and 0 <= idle_share(intervals) < 0.5
+
+
+def test_a_loop_is_timed_beside_its_steps_and_the_record_says_whether_it_was_one():
+    record = run_loop_graph(CASES["tiny"], Session(dry=True), "fused-fp8")
+    assert record.name == "dry/tiny-random/loop_graph"
+    assert record.value > 0 and set(record.baseline) == {"step_graphs"}
+    assert record.config["loop_graph_status"] == "off, the model is on cpu"

@@ -92,8 +92,12 @@ class Bench:
         """One evaluation on the benchmark's inputs."""
         return lambda: module(**self.inputs, return_dict=False)[0]
 
-    def clip(self, module: CompiledTransformer) -> Callable[[], Tensor]:
-        """The denoising of one clip by four rCM steps: all but text encoder and VAE."""
+    def clip(self, module: CompiledTransformer, loop_graph: bool = False) -> Callable[[], Tensor]:
+        """The denoising of one clip by four rCM steps: all but text encoder and VAE.
+
+        Args:
+            loop_graph: as one CUDA graph from the second clip on, else one for each step.
+        """
         schedule = four_steps()
         generator = torch.Generator(self.device).manual_seed(0)
         shape = tuple(self.inputs["hidden_states"].shape)
@@ -102,8 +106,9 @@ class Bench:
 
         def run() -> Tensor:
             return sample(
-                {"transformer": module}, schedule, prompt, latents=latents, generator=generator
-            )
+                {"transformer": module}, schedule, prompt, latents=latents, generator=generator,
+                loop_graph=loop_graph,
+            )  # fmt: skip
 
         return run
 

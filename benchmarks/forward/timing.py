@@ -13,7 +13,7 @@ from benchmarks.forward.bench import Bench
 from benchmarks.kernels._harness import DENSE_ATTENTION as ATTENTION
 from benchmarks.kernels._harness import Timing
 
-__all__ = ["ATTENTION", "measure"]
+__all__ = ["ATTENTION", "measure", "milliseconds"]
 
 
 def measure(
@@ -22,7 +22,7 @@ def measure(
     """Time a forward; also its output and the peak of device memory while it ran, in bytes.
 
     Args:
-        warmup: calls before the timed ones; a CUDA graph is recorded at the second.
+        warmup: calls before the timed ones; CUDA graphs are recorded at the second.
     """
     cuda = bench.device.type == "cuda"
     with torch.no_grad(), sdpa_kernel(ATTENTION, set_priority=True):
@@ -32,12 +32,13 @@ def measure(
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        times = [_milliseconds(call, cuda) for _ in range(bench.case.runs)]
+        times = [milliseconds(call, cuda) for _ in range(bench.case.runs)]
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     return Timing.of(times), output, peak
 
 
-def _milliseconds(call: Callable[[], Tensor], cuda: bool) -> float:
+def milliseconds(call: Callable[[], Tensor], cuda: bool) -> float:
+    """The time of one call."""
     if not cuda:
         begun = time.perf_counter()
         call()

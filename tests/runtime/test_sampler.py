@@ -16,7 +16,8 @@ from tests.helpers.tiny_folder import reference_pipeline, shared_folder, tiny_pr
 from turbo_opt.errors import BadInput
 from turbo_opt.ir.rcm import rcm_schedule
 from turbo_opt.ir.schedule import Schedule, Step
-from turbo_opt.runtime.sampler import advance, initial_latents, sample
+from turbo_opt.runtime.rules import advance, drawn_noise
+from turbo_opt.runtime.sampler import initial_latents, sample
 from turbo_opt.runtime.scheduler import FixedStepScheduler, scheduler_for
 
 SHAPE = (1, 16, 2, 8, 12)
@@ -124,7 +125,8 @@ def test_rcm_sampling_is_the_published_one_to_the_last_bit_of_float64(
     states: list[Tensor] = [latents]
     for step in schedule.steps:
         v = network.velocity(states[-1].to(network_dtype), float(torch.tensor(step.timestep)))
-        states.append(advance(step, v, states[-1], generator))
+        noise = drawn_noise(step, latents, generator)
+        states.append(advance(step, v, states[-1], noise))
     found = sample(
         {"transformer": network}, schedule, torch.zeros(1, 4, 8), latents=latents,
         generator=_generator_after_the_first_draw(),

@@ -134,8 +134,9 @@ def load(
         device: where graphs and weights go.
         components: diffusers folder or hub id with text encoder and VAE, if not the recorded one.
         check: also compare every file's SHA-256 (sizes always are).
-        cuda_graph: on a GPU, replay the steps of an artifact with stages as CUDA graphs; the
-            environment variable TURBO_OPT_CUDA_GRAPH=0 turns it off too.
+        cuda_graph: on a GPU, replay the steps of an artifact with stages as CUDA graphs, and whole
+            clips of few steps; the environment variable TURBO_OPT_CUDA_GRAPH=0 turns it off too.
+            `transformer.cuda_graph_status` and `transformer.loop_graph_status` say what is done.
 
     Raises:
         BadInput: it is no artifact, is damaged, or was written by a newer turbo_opt.

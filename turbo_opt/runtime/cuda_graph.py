@@ -1,4 +1,4 @@
-"""One step of a denoiser as a CUDA graph: recorded once for a shape, then replayed by one launch.
+"""A step of a denoiser, or a whole clip, as a CUDA graph: recorded once, replayed by one launch.
 
 A replay reads and writes the addresses of its recording, so the inputs are copied into buffers of
 its own first. What a replay repeats are the kernels that were chosen when it was recorded.
@@ -11,7 +11,7 @@ import logging
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -20,6 +20,9 @@ from torch import Tensor
 
 Step = Callable[..., Tensor]
 """Takes tensors and sizes by name, gives the velocity."""
+Work = Callable[[Sequence[Mapping[str, Any]]], Tensor]
+"""Takes the values of each source by name."""
+Key = tuple[Hashable, ...]
 
 CUDA_GRAPH_VARIABLE = "TURBO_OPT_CUDA_GRAPH"
 """`0` turns CUDA graphs off for all models."""
@@ -44,9 +47,9 @@ class Values:
         )
 
 
-def merged(sources: Sequence[Values]) -> dict[str, Any]:
+def merged(sources: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """All values by name."""
-    return {name: value for source in sources for name, value in source.by_name.items()}
+    return {name: value for source in sources for name, value in source.items()}
 
 
 class Backend(Protocol):
@@ -66,6 +69,7 @@ class CudaBackend:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def warm_up(self, run: Callable[[], Tensor]) -> Tensor:
         with torch.cuda.device(self._device):
@@ -83,8 +87,15 @@ class CudaBackend:
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
         on_device = torch.cuda.device(self._device)
-        with _no_collection(), _own_randomness(self._device), on_device, recording:
-            result = run()
+        try:
+            with _no_collection(), _own_randomness(self._device), on_device, recording:
+                result = run()
+        except BaseException:
+            # torch leaves the allocator believing that this graph is being recorded into the pool,
+            # and refuses to record another into it; it keeps a pointer to the graph.
+            self._failed.append(graph)
+            self._pool = torch.cuda.graph_pool_handle()
+            raise
         return graph.replay, result
 
 
@@ -136,26 +147,108 @@ def why_not(device: torch.device, wanted: bool) -> str | None:
     return None if device.type == "cuda" else f"off, the model is on {device.type}"
 
 
-class StepGraphs:
-    """Runs a step: plainly on the first call for a shape, recorded on the second, then replayed.
+class Recordings:
+    """Work that one backend recorded, by key: a key's work is recorded when it is met again.
 
-    The two shapes used last are kept. Where recording fails, every call runs plainly, and
-    `status` says why. One call at a time.
+    The two keys used last are kept. Where recording fails, nothing is recorded from then on.
+
+    Args:
+        of: what one recording holds, in a word for people to read.
+        otherwise: what happens where recording fails, in a clause.
+
+    Attributes:
+        failure: why recording failed, in one line; None if it did not.
     """
 
-    def __init__(self, step: Step, backend: Backend) -> None:
-        self._step = step
+    def __init__(self, backend: Backend, of: str, otherwise: str) -> None:
+        self.failure: str | None = None
         self._backend = backend
-        self._recordings: OrderedDict[tuple[Any, ...], _Recording | None] = OrderedDict()
-        self._failure: str | None = None
+        self._of, self._otherwise = of, otherwise
+        self._by_key: OrderedDict[Key, Recording | None] = OrderedDict()
 
     @property
     def status(self) -> str:
         """What it does now, in one line for people to read."""
-        if self._failure is not None:
-            return f"failed, each step is launched anew: {self._failure}"
-        recorded = sum(item is not None for item in self._recordings.values())
-        return f"on, {recorded} shape{'' if recorded == 1 else 's'} recorded"
+        if self.failure is not None:
+            return f"failed, {self._otherwise}: {self.failure}"
+        recorded = sum(item is not None for item in self._by_key.values())
+        return f"on, {recorded} {self._of}{'' if recorded == 1 else 's'} recorded"
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._by_key
+
+    def seen(self, key: Key) -> None:
+        """Work of this key ran, so its kernels are compiled: it can be recorded next time."""
+        if self.failure is None:
+            self._keep(key, None)
+
+    def find(self, key: Key, sources: Sequence[Values], work: Work) -> Recording | None:
+        """The recording, made now if the key was seen; None if it was not or recording failed."""
+        if key not in self._by_key:
+            return None
+        recording = self._by_key[key] or self._record(sources, work)
+        if recording is not None:
+            self._keep(key, recording)
+        return recording
+
+    def _record(self, sources: Sequence[Values], work: Work) -> Recording | None:
+        try:
+            return Recording(work, sources, self._backend)
+        except Exception as error:
+            self.failure = _first_cause(error)
+            self._by_key.clear()
+            _log.warning("CUDA graph not recorded, %s: %s", self._otherwise, self.failure)
+            return None
+
+    def _keep(self, key: Key, recording: Recording | None) -> None:
+        self._by_key[key] = recording
+        self._by_key.move_to_end(key)
+        while len(self._by_key) > _MOST_SHAPES:
+            self._by_key.popitem(last=False)
+
+
+class Recording:
+    """Recorded work, and the buffers that it reads."""
+
+    def __init__(self, work: Work, sources: Sequence[Values], backend: Backend) -> None:
+        self._buffers = [_Buffers(source) for source in sources]
+        values = [
+            {**source.by_name, **buffers.tensors}
+            for source, buffers in zip(sources, self._buffers, strict=True)
+        ]
+        self._replay, self._result = backend.record(lambda: work(values))
+
+    def replay(self, sources: Sequence[Values]) -> Tensor:
+        """The work's result for values of the same signatures; the caller's to keep."""
+        for buffers, source in zip(self._buffers, sources, strict=True):
+            buffers.fill(source)
+        self._replay()
+        return self._result.clone()
+
+
+class StepGraphs:
+    """Runs a step: plainly on the first call for a shape, recorded on the second, then replayed.
+
+    Where recording fails, every call runs plainly, and `status` says why. One call at a time.
+
+    Attributes:
+        backend: records the steps.
+        failure: why recording failed, in one line; None if it did not.
+    """
+
+    def __init__(self, step: Step, backend: Backend) -> None:
+        self.backend = backend
+        self._step = step
+        self._recordings = Recordings(backend, "shape", "each step is launched anew")
+
+    @property
+    def failure(self) -> str | None:
+        return self._recordings.failure
+
+    @property
+    def status(self) -> str:
+        """What it does now, in one line for people to read."""
+        return self._recordings.status
 
     def __call__(self, sources: Sequence[Values]) -> Tensor:
         """The step's result for the values of all `sources`; the caller's to keep.
@@ -164,53 +257,21 @@ class StepGraphs:
             Exception: what the step itself raises.
         """
 
+        def work(values: Sequence[Mapping[str, Any]]) -> Tensor:
+            return self._step(**merged(values))
+
         def run() -> Tensor:
-            return self._step(**merged(sources))
+            return work([source.by_name for source in sources])
 
-        if self._failure is not None:
-            return run()
         key = tuple(source.signature for source in sources)
-        if key not in self._recordings:
-            result = self._backend.warm_up(run)
-            self._keep(key, None)
-            return result
-        recording = self._recordings[key] or self._record(sources)
-        if recording is None:
+        recording = self._recordings.find(key, sources, work)
+        if recording is not None:
+            return recording.replay(sources)
+        if self.failure is not None:
             return run()
-        self._keep(key, recording)
-        return recording.replay(sources)
-
-    def _record(self, sources: Sequence[Values]) -> _Recording | None:
-        try:
-            return _Recording(self._step, sources, self._backend)
-        except Exception as error:
-            self._failure = _first_cause(error)
-            self._recordings.clear()
-            _log.warning("CUDA graph not recorded, each step is launched anew: %s", self._failure)
-            return None
-
-    def _keep(self, key: tuple[Any, ...], recording: _Recording | None) -> None:
-        self._recordings[key] = recording
-        self._recordings.move_to_end(key)
-        while len(self._recordings) > _MOST_SHAPES:
-            self._recordings.popitem(last=False)
-
-
-class _Recording:
-    """A recorded step, and the buffers that it reads."""
-
-    def __init__(self, step: Step, sources: Sequence[Values], backend: Backend) -> None:
-        self._buffers = [_Buffers(source) for source in sources]
-        arguments = merged(sources)
-        for buffers in self._buffers:
-            arguments |= buffers.tensors
-        self._replay, self._result = backend.record(lambda: step(**arguments))
-
-    def replay(self, sources: Sequence[Values]) -> Tensor:
-        for buffers, source in zip(self._buffers, sources, strict=True):
-            buffers.fill(source)
-        self._replay()
-        return self._result.clone()
+        result = self.backend.warm_up(run)
+        self._recordings.seen(key)
+        return result
 
 
 class _Buffers:

@@ -17,6 +17,8 @@ from turbo_opt.ir.stages import StageInputs, writes_in_place
 from turbo_opt.runtime.cuda_graph import CudaBackend, why_not
 from turbo_opt.runtime.staged import StagedGraph
 
+_NOT_SAMPLED = "no clip was sampled yet"
+
 
 def executable(
     exported: ExportedProgram, weights: Mapping[str, Tensor], device: torch.device | str
@@ -83,6 +85,8 @@ class CompiledTransformer(nn.Module):
         config: the diffusers config of the model it was captured from (attribute access works).
         dtype: dtype of latents and text embeddings it takes.
         stages: which inputs define a stage; see `ir.stages`.
+        loop_graph_status: whether the last clip by `sample` could be one CUDA graph; as
+            `cuda_graph_status`.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class CompiledTransformer(nn.Module):
         self.dtype = dtype
         self.inputs = inputs
         self.stages = dict(stages or {}) if writes_in_place(graph.graph) is None else {}
+        self.loop_graph_status = _NOT_SAMPLED
         self._cuda_graph = cuda_graph
         self._staged: StagedGraph | None = None
 
@@ -159,6 +164,7 @@ class CompiledTransformer(nn.Module):
             return tensor.to(fn(torch.empty(0, dtype=self.dtype, device=tensor.device)).device)
 
         self._staged = None
+        self.loop_graph_status = _NOT_SAMPLED
         super()._apply(move, recurse)
         _send_factories_to(self.graph, self.device)
         return self
@@ -191,17 +197,15 @@ class CompiledTransformer(nn.Module):
         """
         if attention_kwargs:
             raise ValueError("a compiled transformer takes no attention_kwargs; merge LoRA first")
-        named = {
-            "hidden_states": hidden_states,
-            "timestep": timestep,
-            "encoder_hidden_states": encoder_hidden_states,
-            "encoder_hidden_states_image": encoder_hidden_states_image,
-            **conditions,
-        }
-        given = {name: value for name, value in named.items() if value is not None}
-        if set(given) != set(self.inputs):
-            raise ValueError(f"the model takes {self.inputs}, got {sorted(given)}")
-        self._check_shape(hidden_states)
+        given = self.checked(
+            {
+                "hidden_states": hidden_states,
+                "timestep": timestep,
+                "encoder_hidden_states": encoder_hidden_states,
+                "encoder_hidden_states_image": encoder_hidden_states_image,
+                **conditions,
+            }
+        )
         sample = self._velocity(given)
         if not return_dict:
             return (sample,)
@@ -214,16 +218,33 @@ class CompiledTransformer(nn.Module):
         """Diffusers' hook for step caches; nothing to do, prompts are told apart by themselves."""
         yield
 
-    def _velocity(self, given: dict[str, Tensor]) -> Tensor:
-        if not self.stages or _is_traced(given):
-            timestep = given["timestep"].to(given["hidden_states"].device, torch.float32)
-            return self.graph(**{**given, "timestep": timestep})[0]  # type: ignore[no-any-return]
-        if self._staged is None:
+    def checked(self, named: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Those inputs that are not None.
+
+        Raises:
+            ValueError: one is missing, unknown, or of a shape the model cannot take.
+        """
+        given = {name: value for name, value in named.items() if value is not None}
+        if set(given) != set(self.inputs):
+            raise ValueError(f"the model takes {self.inputs}, got {sorted(given)}")
+        self._check_shape(given["hidden_states"])
+        return given
+
+    def staged(self) -> StagedGraph | None:
+        """The network in stages, on the device where it is; None if the artifact names none."""
+        if self._staged is None and self.stages:
             device = self.device
             wanted = why_not(device, self._cuda_graph) is None
             backend = CudaBackend(device) if wanted else None
             self._staged = StagedGraph(self.graph, self.stages, backend)
-        return self._staged(given)
+        return self._staged
+
+    def _velocity(self, given: dict[str, Tensor]) -> Tensor:
+        staged = None if _is_traced(given) else self.staged()
+        if staged is not None:
+            return staged(given)
+        timestep = given["timestep"].to(given["hidden_states"].device, torch.float32)
+        return self.graph(**{**given, "timestep": timestep})[0]  # type: ignore[no-any-return]
 
     def _check_shape(self, hidden_states: Tensor) -> None:
         channels, patch = self.config["in_channels"], self.config["patch_size"]

@@ -1,17 +1,12 @@
 """The sampling loop, as the schedule says: x goes from noise at t = 1 to a clip at t = 0.
 
-Rectified flow: x_t = (1 − t)·x₀ + t·ε, and the network predicts v = ε − x₀. One step t → t′:
-
-    euler     x ← x + (t′ − t)·v                                float32
-    rcm-ode   x ← x − (t − t′)·v                                float64
-    rcm-sde   x ← (1 − t′)·(x − t·v) + t′·ε′,  ε′ ~ N(0, 1)     float64   (rCM, arXiv 2510.08431)
-    scheduler the diffusers scheduler named by the schedule
+Steps follow the rules of `rules`, or the diffusers scheduler that the schedule names.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +14,13 @@ from torch import Tensor
 
 from turbo_opt.errors import BadInput
 from turbo_opt.ir.schedule import Schedule, Step
+from turbo_opt.runtime.loop_graph import ClipLoop, StepCall, why_not
 from turbo_opt.runtime.module import CompiledTransformer
+from turbo_opt.runtime.rules import advance, drawn_noise, guided
 
 Progress = Callable[[int, int], None]
-"""Told (steps done, steps in all) after every step."""
+"""Told (steps done, steps in all) after every step; of a clip that is one CUDA graph, every step at
+once, after it was launched. A GPU may still be working in both cases: nothing waits for it."""
 
 
 def initial_latents(
@@ -52,6 +50,7 @@ def sample(
     generator: torch.Generator | None = None,
     conditions: Mapping[str, Tensor] | None = None,
     progress: Progress = lambda done, total: None,
+    loop_graph: bool = False,
 ) -> Tensor:
     """Run every step of `schedule` on `latents`.
 
@@ -62,6 +61,8 @@ def sample(
         latents: the first x, (B, C, F, H, W); see `initial_latents`.
         generator: source of the noise that `rcm-sde` adds.
         conditions: further inputs of the network, given at every step.
+        loop_graph: where it can be, replay the whole clip as one CUDA graph from the second of its
+            kind on; `CompiledTransformer.loop_graph_status` says whether it is, or why not.
 
     Returns:
         The last x, float32. On a CPU it is, bit for bit, what diffusers' pipeline gives.
@@ -71,65 +72,100 @@ def sample(
     """
     _check(transformers, schedule, negative_prompt_embeds)
     stepper = _Scheduler(schedule, latents.device)
-    # The same tensors at every step: a compiled network knows them again by identity.
-    dtypes = {transformers[step.denoiser].dtype for step in schedule.steps}
-    prompts = {dtype: prompt_embeds.to(dtype) for dtype in dtypes}
-    negatives = {}
-    if negative_prompt_embeds is not None:
-        negatives = {dtype: negative_prompt_embeds.to(dtype) for dtype in dtypes}
-    x = latents
-    for index, step in enumerate(schedule.steps):
-        network = transformers[step.denoiser]
-        inputs = {
-            "hidden_states": x.to(network.dtype),
-            "timestep": _timestep(schedule, step, x, network),
-            **(conditions or {}),
-        }
-        prompt, negative = prompts[network.dtype], negatives.get(network.dtype)
-        v = _predict(network, inputs, prompt, negative, step.guidance_scale)
-        if step.rule == "scheduler":
+    calls = _calls(
+        transformers, schedule, latents, prompt_embeds, negative_prompt_embeds, conditions or {}
+    )
+    noise: Iterator[Tensor | None] = (
+        drawn_noise(step, latents, generator) for step in schedule.steps
+    )
+    reason = why_not(calls, latents, loop_graph)
+    if reason is not None:
+        x = _step_by_step(calls, stepper, latents, noise, progress)
+        _tell(calls, reason)
+        return x
+    loop = ClipLoop(calls, latents)
+    if loop.is_known:
+        drawn = list(noise)
+        replayed = loop.replay(drawn)
+        _tell(calls, loop.status)
+        if replayed is not None:
+            for done in range(len(calls)):
+                progress(done + 1, len(calls))
+            return replayed
+        noise = iter(drawn)
+    x = _step_by_step(calls, stepper, latents, noise, progress)
+    loop.made()
+    _tell(calls, loop.status)
+    return x
+
+
+def _step_by_step(
+    calls: Sequence[StepCall],
+    stepper: _Scheduler,
+    x: Tensor,
+    noise: Iterator[Tensor | None],
+    progress: Progress,
+) -> Tensor:
+    for index, call in enumerate(calls):
+        latents = x.to(call.network.dtype)
+        predictions = [
+            call.network(hidden_states=latents, **given, return_dict=False)[0]
+            for given in call.inputs
+        ]
+        v = guided(predictions, call.step.guidance_scale)
+        if call.step.rule == "scheduler":
             x = stepper.step(index, v, x.float())
         else:
-            x = advance(step, v, x, generator)
-        progress(index + 1, len(schedule.steps))
+            x = advance(call.step, v, x, next(noise))
+        progress(index + 1, len(calls))
     return x.float()
 
 
-def advance(step: Step, v: Tensor, x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """x after one step of a rule of ours; float64 for the rCM rules, else float32.
-
-    Args:
-        v: the network's prediction at `step.time`.
-    """
-    if step.rule == "euler":
-        return x.float() + (step.next_time - step.time) * v.float()
-    x, v = x.double(), v.double()
-    if step.rule == "rcm-ode":
-        return x - (step.time - step.next_time) * v
-    clean = x - step.time * v
-    if step.next_time == 0:
-        return clean
-    where = generator.device if generator is not None else x.device
-    noise = torch.randn(x.shape, generator=generator, device=where).to(x)
-    return (1 - step.next_time) * clean + step.next_time * noise
+def _tell(calls: Sequence[StepCall], status: str) -> None:
+    for call in calls:
+        if isinstance(call.network, CompiledTransformer):
+            call.network.loop_graph_status = status
 
 
-def _predict(
-    network: Any,
-    inputs: Mapping[str, Tensor],
+def _calls(
+    transformers: Mapping[str, Any],
+    schedule: Schedule,
+    latents: Tensor,
     prompt_embeds: Tensor,
     negative_prompt_embeds: Tensor | None,
-    guidance_scale: float | None,
-) -> Tensor:
-    def run(embeds: Tensor) -> Tensor:
-        return network(**inputs, encoder_hidden_states=embeds, return_dict=False)[0]  # type: ignore[no-any-return]
+    conditions: Mapping[str, Tensor],
+) -> list[StepCall]:
+    # The same tensors at every step: a compiled network knows them again by identity.
+    dtypes = {transformers[step.denoiser].dtype for step in schedule.steps}
+    prompts = {dtype: [_own(prompt_embeds.to(dtype))] for dtype in dtypes}
+    if negative_prompt_embeds is not None:
+        for dtype, embeds in prompts.items():
+            embeds.append(_own(negative_prompt_embeds.to(dtype)))
+    conditions = {name: _own(tensor) for name, tensor in conditions.items()}
+    calls = []
+    for step in schedule.steps:
+        network = transformers[step.denoiser]
+        given = {"timestep": _timestep(schedule, step, latents, network), **conditions}
+        calls.append(
+            StepCall(
+                step,
+                network,
+                tuple(
+                    {**given, "encoder_hidden_states": embeds}
+                    for embeds in prompts[network.dtype][: step.evaluations]
+                ),
+            )
+        )
+    return calls
 
-    conditional = run(prompt_embeds)
-    if guidance_scale is None:
-        return conditional
-    assert negative_prompt_embeds is not None
-    unconditional = run(negative_prompt_embeds)
-    return unconditional + guidance_scale * (conditional - unconditional)
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made in inference mode: torch does not count writes to
+    those, so nothing that was computed from them could be known again."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def _timestep(schedule: Schedule, step: Step, x: Tensor, network: Any) -> Tensor:

@@ -26,7 +26,7 @@ from turbo_opt.ir.rcm import (
     rcm_times,
 )
 from turbo_opt.ir.schedule import Schedule, Step
-from turbo_opt.runtime.sampler import advance
+from turbo_opt.runtime.rules import advance, drawn_noise
 
 
 def scheduler_for(schedule: Schedule) -> Any:
@@ -95,7 +95,8 @@ class _StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         step = self._steps[self._index]
         self._index += 1
-        exact = advance(step, model_output, self._unrounded(sample), generator or self.generator)
+        x = self._unrounded(sample)
+        exact = advance(step, model_output, x, drawn_noise(step, x, generator or self.generator))
         moved = exact.to(sample.dtype)
         self._given, self._exact = (moved, _version(moved)), exact
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)

@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from turbo_opt.ir.stages import Split, Stage, StageInputs, split
-from turbo_opt.runtime.cuda_graph import Backend, StepGraphs, Values, merged
+from turbo_opt.runtime.cuda_graph import Backend, Recordings, StepGraphs, Values, merged
 
 Key = tuple[Any, ...]
 KeyFunction = Callable[[Sequence[Tensor]], Key | None]
 """From the inputs that a stage reads to what its values are known by; None where they cannot be."""
 
+_LATENTS = "hidden_states"
 _MOST_SHAPES = 2
 _MOST_PROMPTS = 4
 MOST_TIMESTEPS = 16
@@ -37,6 +38,11 @@ class StagedGraph:
         graph: takes tensors by name, gives a tuple whose first item is the velocity.
         stages: which of its inputs define a stage.
         backend: records steps; None launches every step anew.
+
+    Attributes:
+        graphs: the recorded steps; None without a backend.
+        loops: recorded clips whose first step is this network's, see `loop_graph`; None likewise.
+        unstaged_inputs: names of the inputs besides the latents that the step itself reads.
     """
 
     def __init__(self, graph: GraphModule, stages: StageInputs, backend: Backend | None) -> None:
@@ -47,7 +53,14 @@ class StagedGraph:
         self._timestep = _KeptStage(cut(graph, found, Stage.TIMESTEP), _numbers, MOST_TIMESTEPS)
         self._step = cut(graph, found, Stage.STEP)
         self._arguments = _arguments(self._step)
-        self.graphs = StepGraphs(self._velocity, backend) if backend is not None else None
+        names = {_name(node) for node in inputs} - {_LATENTS}
+        self.unstaged_inputs = [name for name in self._arguments if name in names]
+        self.graphs = StepGraphs(self.velocity, backend) if backend is not None else None
+        self.loops = (
+            Recordings(backend, "loop", "clips are made step by step")
+            if backend is not None
+            else None
+        )
 
     def __call__(self, given: Mapping[str, Tensor]) -> Tensor:
         """The velocity.
@@ -56,14 +69,27 @@ class StagedGraph:
             given: every input by name. A timestep on the CPU is known by its value, which costs
                 nothing to read there; on a GPU only the same tensor is known again.
         """
-        shape = self._shape(given)
-        stages = [shape, self._prompt(given, shape), self._timestep(given, shape)]
-        sources = [Values(_tensors(given, self._arguments)), *stages]
+        latents = Values({_LATENTS: given[_LATENTS]})
+        sources = [latents, self.unstaged(given), *self.kept(given)]
         if self.graphs is not None:
             return self.graphs(sources)
-        return self._velocity(**merged(sources))
+        return self.velocity(**merged(source.by_name for source in sources))
 
-    def _velocity(self, **values: Any) -> Tensor:
+    def kept(self, given: Mapping[str, Tensor]) -> list[Values]:
+        """What sizes, prompt and timestep determine, computed now or before."""
+        shape = self._shape(given)
+        return [shape, self._prompt(given, shape), self._timestep(given, shape)]
+
+    def unstaged(self, given: Mapping[str, Tensor]) -> Values:
+        """The inputs besides the latents that the step itself reads: `unstaged_inputs`."""
+        return Values(_tensors(given, self.unstaged_inputs))
+
+    def velocity(self, **values: Any) -> Tensor:
+        """The step itself.
+
+        Args:
+            values: the latents as `hidden_states`, and those of `unstaged` and `kept`.
+        """
         arguments = {name: values[name] for name in self._arguments}
         return self._step(**arguments)[0]  # type: ignore[no-any-return]
 
@@ -170,7 +196,7 @@ def _tensors(given: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Ten
     """
 
     def cast(timestep: Tensor) -> Tensor:
-        return timestep.to(given["hidden_states"].device, torch.float32, copy=True)
+        return timestep.to(given[_LATENTS].device, torch.float32, copy=True)
 
     return {
         name: cast(given[name]) if name == "timestep" else given[name]
