@@ -44,10 +44,8 @@ def triton_supports(capability: Capability, call: RowCall) -> str | None:
 
 
 def cuda_supports(capability: Capability, call: RowCall) -> str | None:
-    """rows.cu."""
-    if call.scheme is None:
-        return cuda_rows.unsupported(capability, call.dtype, call.channels)
-    return cuda_rows.unsupported_scheme(capability, call.dtype, call.channels, call.scheme)
+    """rows.cu, and blocks.cu for int8."""
+    return cuda_rows.unsupported(capability, call.dtype, call.channels)
 
 
 def triton_quantizes(capability: Capability, call: RowCall) -> str | None:
@@ -57,9 +55,8 @@ def triton_quantizes(capability: Capability, call: RowCall) -> str | None:
 
 
 def cuda_quantizes(capability: Capability, call: RowCall) -> str | None:
-    """groups.cu."""
-    assert call.scheme is not None
-    return cuda_rows.unsupported_groups(capability, call.dtype, call.scheme)
+    """groups.cu, and tiles.cu for int8."""
+    return cuda_rows.unsupported_values(capability, call.dtype)
 
 
 def row_providers(package: str) -> list[Provider]:

@@ -31,6 +31,25 @@ DEVICE Chunk pack(const float (&values)[8]) {
     return chunk;
 }
 
+// The larger of each half, as integers without a sign: of two bf16, the larger magnitude.
+DEVICE u32 max_of_halves(u32 a, u32 b) {
+    u32 larger;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
+}
+
+// Starts copying 16 bytes to shared memory; zeros if they do not exist.
+DEVICE void copy_chunk(u32 target, const void *source, bool exists) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+                 "r"(exists ? 16 : 0)
+                 : "memory");
+}
+
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> DEVICE void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 // The tanh form, x · sigmoid(√(8/π)·(x + 0.044715·x³)).
 DEVICE float gelu(float x) {
     float power = x * fmaf(-0.1029432397f, x * x, -2.302208198f), e, reciprocal;

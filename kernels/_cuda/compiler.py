@@ -23,11 +23,26 @@ from ..errors import KernelError
 
 CACHE_VARIABLE = "TURBO_OPT_KERNEL_CACHE"
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_NON_PORTABLE_CLUSTERS = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+PORTABLE_CLUSTER = 8  # programs of a cluster that every device can run
 _HERE = Path(__file__).parent
 
 
 class Long(int):
     """An argument that the kernel takes as `long long`."""
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("threads", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("attribute_count", ctypes.c_uint),
+    )
 
 
 class Kernel:
@@ -67,6 +82,29 @@ class Kernel:
                 self._function, x, y, 1, threads, 1, 1, self._shared_bytes, stream, pointers, None
             )
         )
+
+    def resident_clusters(self, threads: int, programs: int) -> int:
+        """How many of its clusters, of so many programs, a device runs at once.
+
+        Raises:
+            KernelError: a cluster does not fit on the device.
+        """
+        driver = _driver()
+        if programs > PORTABLE_CLUSTER:
+            _check(driver.cuFuncSetAttribute(self._function, _NON_PORTABLE_CLUSTERS, 1))
+        config = _LaunchConfig((programs, 1, 1), (threads, 1, 1), self._shared_bytes)
+        clusters = ctypes.c_int()
+        _check(
+            driver.cuOccupancyMaxActiveClusters(
+                ctypes.byref(clusters), self._function, ctypes.byref(config)
+            )
+        )
+        if not clusters.value:
+            raise KernelError(
+                f"a cluster of {programs} programs of {threads} threads and {self._shared_bytes} "
+                "bytes of shared memory does not fit on the device"
+            )
+        return clusters.value
 
 
 @functools.cache

@@ -6,12 +6,6 @@
 
 constexpr int BLOCK = 128, WARPS = 4, STAGES = 3, TOKENS = 4;  // TOKENS of a stage
 
-DEVICE u32 max_of_halves(u32 a, u32 b) {
-    u32 c;
-    asm("max.u16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
-    return c;
-}
-
 DEVICE void store_floats(float *at, const float (&values)[8]) {
     ((float4 *)at)[0] = make_float4(values[0], values[1], values[2], values[3]);
     ((float4 *)at)[1] = make_float4(values[4], values[5], values[6], values[7]);

@@ -40,19 +40,10 @@ def unsupported(capability: Capability, dtype: torch.dtype, channels: int) -> st
     return unsupported_device(capability)
 
 
-def unsupported_scheme(
-    capability: Capability, dtype: torch.dtype, channels: int, scheme: str
-) -> str | None:
-    """As `unsupported`, for a result quantized by `scheme`."""
-    if scheme != "fp8-block":
-        return "its CUDA kernel quantizes in groups of 1×128 to e4m3"
-    return unsupported(capability, dtype, channels)
-
-
-def unsupported_groups(capability: Capability, dtype: torch.dtype, scheme: str) -> str | None:
-    """Why the kernel that quantizes without a norm does not serve, or None."""
-    if scheme != "fp8-block" or dtype is not torch.bfloat16:
-        return "its CUDA kernel quantizes bfloat16 in groups of 1×128 to e4m3"
+def unsupported_values(capability: Capability, dtype: torch.dtype) -> str | None:
+    """Why the kernels that quantize without a norm do not serve, or None."""
+    if dtype is not torch.bfloat16:
+        return f"its CUDA kernel quantizes bfloat16, not {dtype}"
     return unsupported_device(capability)
 
 
@@ -93,10 +84,10 @@ def process_rows(
     """
     if x.numel() == 0:
         return
-    rows_BLC = _aligned_rows(x)
+    rows_BLC = aligned_rows(x)
     batch, length, channels = rows_BLC.shape
-    added = _aligned_rows(branch.y) if branch else None
-    gate, gain, bias = _parameters((branch.gate if branch else None, gain, bias), rows_BLC)
+    added = aligned_rows(branch.y) if branch else None
+    gate, gain, bias = broadcast_parameters((branch.gate if branch else None, gain, bias), rows_BLC)
     shape = _shape(channels, branch is not None, tables is not None, centered, (gain, bias))
     narrow = any(p is not None and p.dtype is torch.bfloat16 for p in (gate, gain, bias))
     defines = {
@@ -114,11 +105,11 @@ def process_rows(
     }
     cos, sin = _tables(tables)
     teams = batch * -(-length // shape.rows)
-    _load("rows.cu", "process_rows", x, defines).launch(
+    load("common.cuh+parameters.cuh+rows.cu", "process_rows", x, defines).launch(
         (-(-teams * shape.team // shape.warps),), 32 * shape.warps,
         rows_BLC, added, gate, gain, bias, cos, sin, branch.stream if branch else None, y, y_scale,
         eps, batch, length,
-        *(stride for tensor in (rows_BLC, added, gate, gain, bias) for stride in _strides(tensor)),
+        *(n for tensor in (rows_BLC, added, gate, gain, bias) for n in strides_of(tensor)),
         Long(cos.stride(0) if cos is not None else 0),
     )  # fmt: skip
 
@@ -152,8 +143,8 @@ def quantize_groups(x: torch.Tensor, *, gelu: bool) -> tuple[torch.Tensor, torch
     scale = torch.empty((columns // BLOCK, rows), dtype=torch.float32, device=x.device).t()
     if x.numel():
         programs = -(-x.numel() // VALUES_PER_GROUP_PROGRAM)
-        kernel = _load("groups.cu", "quantize_groups", x, {"GELU": int(gelu)})
-        kernel.launch((programs,), 256, _on_16_bytes(x), q, scale, rows, columns // 8)
+        kernel = load("common.cuh+groups.cu", "quantize_groups", x, {"GELU": int(gelu)})
+        kernel.launch((programs,), 256, on_16_bytes(x), q, scale, rows, columns // 8)
     return q, scale
 
 
@@ -188,27 +179,31 @@ def _team(steps: int, most: int) -> int:
     return team
 
 
-def _load(source: str, name: str, x: torch.Tensor, defines: dict[str, int]) -> Kernel:
+def load(
+    source: str, name: str, x: torch.Tensor, defines: dict[str, int], shared_bytes: int = 0
+) -> Kernel:
+    """A kernel for x's device; see `load_kernel`."""
     major, minor = capability_of(x.device)[1:]
     architecture = f"sm_{major}{minor}{'a' if major == 9 else ''}"
     return load_kernel(
-        f"common.cuh+{source}", name, architecture, x.device.index, tuple(defines.items())
+        source, name, architecture, x.device.index, tuple(defines.items()), shared_bytes
     )
 
 
-def _aligned_rows(x: torch.Tensor) -> torch.Tensor:
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
     """View x (copying if there is no such view) as (B, L, C), each row on 16 bytes."""
     x = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
     if x.stride(2) != 1 or any(x.stride(axis) % 8 for axis in (0, 1) if x.shape[axis] > 1):
         x = x.contiguous()
-    return _on_16_bytes(x)
+    return on_16_bytes(x)
 
 
-def _on_16_bytes(x: torch.Tensor) -> torch.Tensor:
+def on_16_bytes(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of it that begins on 16 bytes."""
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _parameters(
+def broadcast_parameters(
     given: tuple[torch.Tensor | None, ...], x_BLC: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
     """Gate, gain and bias broadcast to x, of one dtype, each row on 16 bytes."""
@@ -221,7 +216,7 @@ def _parameters(
             strides = [s for s, n in zip(parameter.stride(), parameter.shape, strict=True) if n > 1]
             if parameter.stride(-1) != 1 or any(s % 8 for s in strides[:-1]):
                 parameter = parameter.contiguous()
-            parameter = _on_16_bytes(parameter).expand(x_BLC.shape)
+            parameter = on_16_bytes(parameter).expand(x_BLC.shape)
         ready.append(parameter)
     return tuple(ready)
 
@@ -235,10 +230,10 @@ def _tables(
     cos, sin = (table[0, :, 0] for table in given)
     if cos.stride() != sin.stride() or cos.stride(1) != 1 or cos.stride(0) % 4:
         cos, sin = cos.contiguous(), sin.contiguous()
-    return _on_16_bytes(cos), _on_16_bytes(sin)
+    return on_16_bytes(cos), on_16_bytes(sin)
 
 
-def _strides(tensor: torch.Tensor | None) -> tuple[Long, Long]:
+def strides_of(tensor: torch.Tensor | None) -> tuple[Long, Long]:
     """Strides along batch and rows."""
     if tensor is None:
         return Long(0), Long(0)

@@ -17,18 +17,6 @@ DEVICE u32 swizzled(u32 row, u32 chunk) {
     return row * 128 + ((chunk ^ (row & 7)) << 4);
 }
 
-// Starts copying 16 bytes to shared memory; zeros if they do not exist.
-DEVICE void copy_chunk(u32 target, const void *source, bool exists) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-                 "r"(exists ? 16 : 0)
-                 : "memory");
-}
-
-DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> DEVICE void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
 DEVICE Chunk load_shared(u32 address) {
     Chunk c;
     asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"

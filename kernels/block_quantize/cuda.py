@@ -1,11 +1,11 @@
-"""quantize_activation by groups.cu."""
+"""quantize_activation by groups.cu in groups of 1×128, by tiles.cu in blocks of 128×128."""
 
 from __future__ import annotations
 
 import torch
 
-from .._cuda.rows import quantize_groups
+from .._cuda.blocks import quantize
 
 
 def quantize_activation(x: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return quantize_groups(x, gelu=False)
+    return quantize(x, scheme, gelu=False)

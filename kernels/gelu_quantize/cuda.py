@@ -1,11 +1,11 @@
-"""gelu_quantize by groups.cu."""
+"""gelu_quantize by groups.cu in groups of 1×128, by tiles.cu in blocks of 128×128."""
 
 from __future__ import annotations
 
 import torch
 
-from .._cuda.rows import quantize_groups
+from .._cuda.blocks import quantize
 
 
 def gelu_quantize(x: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return quantize_groups(x, gelu=True)
+    return quantize(x, scheme, gelu=True)

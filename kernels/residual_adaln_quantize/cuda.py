@@ -1,10 +1,11 @@
-"""residual_adaln_quantize by rows.cu, in groups of 1×128."""
+"""residual_adaln_quantize by rows.cu in groups of 1×128, by blocks.cu in 128×128."""
 
 from __future__ import annotations
 
 import torch
 
-from .._cuda.rows import Branch, quantize_normalized_rows
+from .._cuda.blocks import quantize_norm
+from .._cuda.rows import Branch
 
 
 def residual_adaln_quantize(
@@ -18,4 +19,4 @@ def residual_adaln_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     stream = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     branch = Branch(y, gate, stream)
-    return stream, *quantize_normalized_rows(x, scale, shift, eps, gain_offset=1, branch=branch)
+    return stream, *quantize_norm(x, scale, shift, eps, scheme, gain_offset=1, branch=branch)

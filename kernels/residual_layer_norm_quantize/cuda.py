@@ -1,10 +1,11 @@
-"""residual_layer_norm_quantize by rows.cu, in groups of 1×128."""
+"""residual_layer_norm_quantize by rows.cu in groups of 1×128, by blocks.cu in 128×128."""
 
 from __future__ import annotations
 
 import torch
 
-from .._cuda.rows import Branch, quantize_normalized_rows
+from .._cuda.blocks import quantize_norm
+from .._cuda.rows import Branch
 
 
 def residual_layer_norm_quantize(
@@ -18,4 +19,4 @@ def residual_layer_norm_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     stream = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     branch = Branch(y, gate, stream)
-    return stream, *quantize_normalized_rows(x, weight, bias, eps, gain_offset=0, branch=branch)
+    return stream, *quantize_norm(x, weight, bias, eps, scheme, gain_offset=0, branch=branch)

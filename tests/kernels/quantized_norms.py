@@ -28,6 +28,17 @@ from turbo_opt.kernels import SCHEMES, OperatorInputError, choose, quantize_acti
 EPS = 1e-6
 PROVIDERS = ["reference", "triton"]
 
+# The models' own, and what is next to whole blocks of 128 rows, within and across batch entries.
+GPU_SHAPES = [
+    (1, 1, 256),
+    (1, 127, 512),
+    (1, 129, 2560),
+    (2, 77, 1536),
+    (3, 128, 3072),
+    (1, 32760, 1536),
+    (1, 75600, 5120),
+]
+
 
 class Norm(NamedTuple):
     """A norm without its quantization.
@@ -117,14 +128,36 @@ class QuantizedNormTests:
         with pytest.raises(OperatorInputError, match="did you mean 'fp8-block'"):
             operator(x, *parameters, EPS, "fp8-blok")
 
+    @pytest.mark.parametrize(("device_name", "scheme", "provider"), TRITON_CHOICES)
+    def test_choice_on_described_devices(self, device_name, scheme, provider):
+        x = torch.empty(1, 9, 256)
+        assert choose(self.name, device_name, x, *self.norm.usual(x), EPS, scheme) == provider
+
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    def test_hopper_is_served_by_cuda_where_rows_fit_a_program(self, scheme):
+        for channels, provider in ((256, "cuda"), (6144, "cuda"), (384, "triton")):
+            x = torch.empty(1, 9, channels, dtype=torch.bfloat16)
+            assert choose(self.name, "sm90", x, *self.norm.usual(x), EPS, scheme) == provider
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("provider", ["cuda", "triton"])
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    @pytest.mark.parametrize("shape", GPU_SHAPES)
+    def test_bfloat16_on_the_gpu(self, provider, scheme, kind, shape, device):
+        x = torch.randn(shape, device=device, dtype=torch.bfloat16)
+        rest = (*self.norm.parameters(kind, x), EPS, scheme)
+        skip_unless_served(self.name, provider, x, *rest)
+        expected = run_by("reference", self.name, x, *rest)
+        assert_quantized_alike(expected, run_by(provider, self.name, x, *rest))
+
     @pytest.mark.gpu
     @pytest.mark.parametrize("scheme", SCHEMES)
-    @pytest.mark.parametrize("shape", [(1, 32760, 1536), (1, 75600, 5120)])
-    def test_real_shapes(self, scheme, shape, device):
-        x = torch.randn(shape, device=device, dtype=torch.bfloat16)
-        rest = (*self.norm.usual(x), EPS, scheme)
-        expected = run_by("reference", self.name, x, *rest)
-        assert_quantized_alike(expected, run_by("triton", self.name, x, *rest))
+    def test_strided_input_on_the_gpu(self, scheme, kind, device):
+        wide = torch.randn(300, 2, 3, 512, device=device, dtype=torch.bfloat16)
+        x = wide[:, :, 1].transpose(0, 1)
+        rest = (*self.norm.parameters(kind, x), EPS, scheme)
+        expected = run_by("reference", self.name, x.contiguous(), *rest)
+        assert_quantized_alike(expected, run_by("cuda", self.name, x, *rest))
 
 
 class ResidualQuantizedNormTests:
@@ -186,15 +219,18 @@ class ResidualQuantizedNormTests:
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("provider", ["cuda", "triton"])
+    @pytest.mark.parametrize("scheme", SCHEMES)
     @pytest.mark.parametrize("gated", [False, True])
-    def test_an_outlier_that_the_branch_cancels_costs_no_digits(self, provider, gated, device):
+    def test_an_outlier_that_the_branch_cancels_costs_no_digits(
+        self, provider, scheme, gated, device
+    ):
         x, y = torch.randn(2, 1, 65, 1536, device=device, dtype=torch.bfloat16)
         x[..., 0], y[..., 0] = 3e4, -3e4
         gate = torch.ones(1, 1, 1536, device=device) if gated else None
-        args = (x, y, gate, *self.norm.usual(x), EPS, "fp8-block")
+        args = (x, y, gate, *self.norm.usual(x), EPS, scheme)
         skip_unless_served(self.name, provider, *args)
         result = run_by(provider, self.name, *args)
-        self.assert_both_results(result, x, y, gate, args[3:-2], "fp8-block")
+        self.assert_both_results(result, x, y, gate, args[3:-2], scheme)
 
     @pytest.mark.parametrize("provider", PROVIDERS)
     @pytest.mark.parametrize("scheme", SCHEMES)
@@ -215,18 +251,16 @@ class ResidualQuantizedNormTests:
             choose(self.name, device_name, x, x, None, *self.norm.usual(x), EPS, scheme) == provider
         )
 
-    def test_hopper_is_served_by_cuda_where_groups_are_quantized(self):
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    def test_hopper_is_served_by_cuda(self, scheme):
         x = torch.empty(1, 9, 256, dtype=torch.bfloat16)
         args = (x, x, None, *self.norm.usual(x), EPS)
-        assert choose(self.name, "sm90", *args, "fp8-block") == "cuda"
-        assert choose(self.name, "sm90", *args, "int8-block") == "triton"
+        assert choose(self.name, "sm90", *args, scheme) == "cuda"
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("provider", ["cuda", "triton"])
     @pytest.mark.parametrize("scheme", SCHEMES)
-    @pytest.mark.parametrize(
-        "shape", [(1, 1, 256), (2, 77, 1536), (1, 32760, 1536), (1, 75600, 5120)]
-    )
+    @pytest.mark.parametrize("shape", GPU_SHAPES)
     def test_bfloat16_on_the_gpu(self, provider, scheme, kinds, shape, device):
         x, y = torch.randn(2, *shape, device=device, dtype=torch.bfloat16)
         args = (x, y, gate_of(kinds[0], x), *self.norm.parameters(kinds[1], x), EPS, scheme)

@@ -224,9 +224,12 @@ def test_a_weight_must_be_a_floating_matrix(weight):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("provider", ["cuda", "triton"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shape", [(32760, 1536), (75600, 5120), (32760, 8960)])
-def test_real_shapes(scheme, shape, device):
+@pytest.mark.parametrize(
+    "shape", [(1, 128), (2, 65, 384), (32760, 1536), (75600, 5120), (32760, 8960)]
+)
+def test_bfloat16_on_the_gpu(provider, scheme, shape, device):
     x = torch.randn(shape, device=device, dtype=torch.bfloat16)
     expected = run_by("reference", "quantize_activation", x, scheme)
-    assert_quantized_alike(expected, run_by("triton", "quantize_activation", x, scheme))
+    assert_quantized_alike(expected, run_by(provider, "quantize_activation", x, scheme))

@@ -153,3 +153,16 @@ def test_a_kernel_that_does_not_compile_shows_the_compilers_words(monkeypatch, t
     monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path))
     with pytest.raises(KernelError, match="NVRTC cannot compile"):
         compiler.compiled("nonsense", "sm_90a", {})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("programs", [2, 8, 16])
+def test_clusters_that_run_at_once_are_counted(programs, device):
+    """Programs of 1024 threads, of which a multiprocessor runs two."""
+    text = f'extern "C" __global__ void __cluster_dims__({programs}, 1, 1) nothing() {{}}'
+    kernel = compiler.Kernel(compiler.compiled(text, "sm_90a", {}), "nothing", 0)
+    most = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    clusters = kernel.resident_clusters(1024, programs)
+    assert most / 2 <= clusters * programs <= most
+    kernel.launch((clusters * programs,), 1024)
+    torch.cuda.synchronize()

