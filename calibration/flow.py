@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from turbo_opt.calibration.data.batches import Batch
 from turbo_opt.calibration.jobs.schema import Noise
 from turbo_opt.calibration.networks import DenoiserFolder
 from turbo_opt.json_files import read_json
@@ -80,6 +81,18 @@ class Denoiser:
             tokens = math.prod(side // size for side, size in sides)
             timestep = timestep[:, None].expand(-1, tokens)
         return self.network(x, timestep, prompt_embeds, return_dict=False)[0].float()
+
+
+def distance_to_noise(denoiser: Denoiser, batch: Batch) -> Tensor:
+    """Mean square of the difference between a prediction and noise that it knows nothing of.
+
+    Whatever the network has learned, it is about the prediction's own mean square and 1, so that
+    its gradient is no small difference of large values.
+    """
+    t = batch.uniform("probe level")
+    x = noisy(batch.latents, batch.noise("probe noise"), t)
+    prediction = denoiser(x, t, batch.prompt_embeds)
+    return (prediction - batch.noise("probe target")).square().mean()
 
 
 class Sampled:

@@ -71,9 +71,12 @@ class RCMObjective:
         empty_prompt: Tensor | None,
         unconditional_share: float,
     ) -> None:
-        self.trained: Mapping[str, nn.Module] = {STUDENT: student.network}
+        self.denoisers: Mapping[str, Denoiser] = {STUDENT: student}
         if fake is not None:
-            self.trained = {**self.trained, FAKE: fake.network}
+            self.denoisers = {**self.denoisers, FAKE: fake}
+        self.trained: Mapping[str, nn.Module] = {
+            name: each.network for name, each in self.denoisers.items()
+        }
         self._student, self._fake = student, fake
         self._teacher = (
             teacher

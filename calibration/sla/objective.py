@@ -42,6 +42,7 @@ class SLAObjective:
         companions: Sequence[Companion] = (),
     ) -> None:
         self.trained: Mapping[str, nn.Module] = {STUDENT: student.network}
+        self.denoisers: Mapping[str, Denoiser] = {STUDENT: student}
         self._student, self._teacher = student, teacher
         self._levels, self._share = levels, unconditional_share
         self._companions = companions

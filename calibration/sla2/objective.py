@@ -69,6 +69,7 @@ class RouterObjective:
         unconditional_share: float,
     ) -> None:
         self.trained: Mapping[str, nn.Module] = {ROUTERS: routers}
+        self.denoisers: Mapping[str, Denoiser] = {}
         self.teacher = teacher
         self._routers, self._levels, self._sparsity = routers, levels, sparsity
         self._choose, self._query_blocks = choose, query_blocks

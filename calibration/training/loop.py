@@ -14,7 +14,7 @@ from torch import Tensor
 
 from turbo_opt.calibration.data.batches import Batch, Batches, split
 from turbo_opt.calibration.data.samples import SampleSet
-from turbo_opt.calibration.flow import autocast
+from turbo_opt.calibration.flow import autocast, distance_to_noise
 from turbo_opt.calibration.jobs.schema import Job
 from turbo_opt.calibration.training.blocks import first_compilation, uncompiled
 from turbo_opt.calibration.training.checkpoints import Checkpoints, read_record
@@ -33,7 +33,7 @@ Draw = Callable[[int, torch.nn.Module], Mapping[str, float]]
 """Makes clips with a network after a step; what is measured of them goes to the log."""
 _EVALUATION_SEED = 1_000_003
 MOST_APART = 0.5
-"""Of one gradient, rounded differently, in lengths; 0.03 to 0.05 was seen in bfloat16."""
+"""Of one gradient, rounded differently, in lengths."""
 
 
 class Trainer:
@@ -210,32 +210,26 @@ class Trainer:
 
     def _check_compiled(self) -> None:
         """Raise TurboOptError unless compiled blocks give each network the gradient that they give
-        as written, but for rounding, in the first step that is its turn. All processes call.
+        as written, but for rounding; and compile all that a step runs. All processes call.
 
-        Nothing is said by a gradient that is zero as written, or one of rounding: of a student that
-        is still its teacher; predictions are of unit size, and their squared differences then no
-        larger than what the compute dtype rounds. Of a gradient that is not finite the step itself
-        names the samples.
+        The gradient is that of the network's distance to noise. A loss would not do: that of a
+        student which is close to its teacher is a small difference, whose gradient is rounding's.
         """
-        rounding = torch.finfo(getattr(torch, self.job.training.compute_dtype)).eps ** 2
         for turn, trainee in self.trainees.items():
             steps = range(self.step, self.job.training.steps)
             if not any(self.objective.turn(step) == turn for step in steps):
                 continue
-            gradients, losses = [], []
+            batch = next(self._micro_batches())
+            gradients = []
             for run in (uncompiled, first_compilation):
                 with run():
                     with self._autocast():
-                        loss = self.objective.loss(next(self._micro_batches()), turn).value
-                    loss.backward()
+                        value = distance_to_noise(self.objective.denoisers[turn], batch)
+                    value.backward()
                     gradients.append(trainee.gradient())
-                    losses.append(abs(float(self.world.mean(loss.detach()))))
-                for each in self.trainees.values():
-                    each.forget_gradient()
+                trainee.forget_gradient()
             written, compiled = gradients
             length = norm_of(written)
-            if length == 0 or not math.isfinite(length) or max(losses) < rounding:
-                continue
             apart = norm_of({name: compiled[name] - value for name, value in written.items()})
             if not apart <= MOST_APART * length:
                 raise TurboOptError(
@@ -243,6 +237,10 @@ class Trainer:
                     f"{apart / length:.2g} times its length away from that of the blocks as "
                     "written; set training.compile to false"
                 )
+            with first_compilation(), self._autocast():
+                self.objective.loss(batch, turn).value.backward()
+            for each in self.trainees.values():
+                each.forget_gradient()
 
     def _micro_batches(self) -> Iterator[Batch]:
         """This process's samples of the step."""

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from turbo_opt.calibration.data.batches import Batch
+from turbo_opt.calibration.flow import Denoiser
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,13 @@ class Objective(Protocol):
         trained: the networks that are trained, by name, in float32 and, with several processes,
             sharded by FSDP2; each has an optimizer of its own. Parameters that need no gradient
             stay as they are.
+        denoisers: those of them whose blocks may be compiled, as functions, by the same names.
         shipped: which of them is the result, and draws the samples.
     """
 
     name: str
     trained: Mapping[str, nn.Module]
+    denoisers: Mapping[str, Denoiser]
     shipped: str
 
     def turn(self, step: int) -> str:

@@ -132,22 +132,17 @@ def test_a_student_that_is_still_its_teacher_is_trained(home, tmp_path, compile_
     assert report["steps"] == 2
 
 
-def test_a_gradient_of_rounding_says_nothing_of_the_compiler(home, tmp_path, compile_by) -> None:
+def test_a_loss_of_rounding_says_nothing_of_the_compiler(home, tmp_path, compile_by) -> None:
     """A sparse student that keeps every block is its teacher, but for the order of sums."""
 
     def rounded(graph: torch.fx.GraphModule, inputs: object) -> object:
-        off = 1 + 1e-4 * torch.is_grad_enabled()
+        off = 1 + 1e-3 * torch.is_grad_enabled()
         return lambda *args: tuple(off * out for out in graph.forward(*args))
 
     compile_by(rounded)
     settings = ["training.compile=true", "training.steps=1", "sla.topk=1.0"]
-    for dtype, message in (("bfloat16", None), ("float32", "set training.compile to false")):
-        job = load_job(home / "job.yaml", SLAJob, [*settings, f"training.compute_dtype={dtype}"])
-        if message is None:
-            assert train_sla(job, tmp_path / dtype, ALONE, progress=quiet)["steps"] == 1
-        else:  # which would have rounded less
-            with pytest.raises(TurboOptError, match=message):
-                train_sla(job, tmp_path / dtype, ALONE, progress=quiet)
+    job = load_job(home / "job.yaml", SLAJob, settings)
+    assert train_sla(job, tmp_path / "out", ALONE, progress=quiet)["steps"] == 1
 
 
 def test_a_network_whose_turn_comes_later_is_checked_too(home, tmp_path, compile_by) -> None:
