@@ -11,7 +11,7 @@ from collections.abc import Callable
 from benchmarks.results import ROOT
 from benchmarks.tables.compiler import compilation, passes
 from benchmarks.tables.kernels import attention, linear
-from benchmarks.tables.models import clips, forward
+from benchmarks.tables.models import clips, cold_start, forward
 from benchmarks.tables.targets import shares, targets
 from benchmarks.tables.training import guide, scores, students, training
 
@@ -22,6 +22,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "targets": targets,
     "forward": forward,
     "clips": clips,
+    "cold_start": cold_start,
     "attention": attention,
     "shares": shares,
     "linear": linear,

@@ -58,6 +58,23 @@ def _forward_row(key: str, record: Record) -> str:
     )
 
 
+def cold_start() -> str:
+    """From a process's start to the first denoised step."""
+    lines = [
+        "| model | compiled kernels | imports | load | first step | in all |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for record in by_name("cold_start.json").values():
+        _, model, metric = record.name.split("/")
+        caches = "none yet" if "empty" in metric else "of an earlier process"
+        parts = [f"{record.config[part]:.1f} s" for part in ("start_s", "load_s", "step_s")]
+        lines.append(
+            f"| {MODELS[model]} | {caches} | {' | '.join(parts)} | "
+            f"{record.value:.1f} ± {record.spread:.1f} s |"
+        )
+    return "\n".join(lines)
+
+
 def clips() -> str:
     """The denoising of one clip: 100 evaluations of the original against four steps."""
     lines = [

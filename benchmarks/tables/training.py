@@ -34,21 +34,30 @@ _SCORED = ("teacher", "consistency", "rcm", "sla", "merged", "rcm-sla")
 def training() -> str:
     """Tokens a second of tuning, by GPUs."""
     lines = [
-        "| model | training | GPUs | tokens/s | share of bf16 products | peak a GPU |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| model | training | blocks | GPUs | tokens/s | share of bf16 products | peak a GPU |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
     ]
-    for record in by_name("training.json").values():
-        _, model, job, gpus, metric = record.name.split("/")
-        if metric == "tokens_per_s":
-            share = record.share_of_ceiling
-            spread = f" ± {record.spread:,.0f}" if record.runs > 1 else ", one reading"
-            lines.append(
-                f"| {MODELS.get(model, model)} | `{job.replace('-', ' ', 1)}` | "
-                f"{gpus.removesuffix('-gpus')} | {record.value:,.0f}{spread} | "
-                f"{'' if share is None else f'{share:.2f}'} | "
-                f"{record.config['peak_gib']:.1f} GiB |"
-            )
+    found = {
+        tuple(record.name.split("/")[1:4]): record
+        for record in by_name("training.json").values()
+        if record.name.endswith("/tokens_per_s")
+    }
+    for (model, job, gpus), record in sorted(found.items(), key=_as_written_first):
+        what, _, compiled = job.replace("-", " ", 1).partition("-")
+        share = record.share_of_ceiling
+        spread = f" ± {record.spread:,.0f}" if record.runs > 1 else ", one reading"
+        lines.append(
+            f"| {MODELS.get(model, model)} | `{what}` | {compiled or 'as written'} | "
+            f"{gpus.removesuffix('-gpus')} | {record.value:,.0f}{spread} | "
+            f"{'' if share is None else f'{share:.2f}'} | "
+            f"{record.config['peak_gib']:.1f} GiB |"
+        )
     return "\n".join(lines)
+
+
+def _as_written_first(item: tuple[tuple[str, ...], Record]) -> tuple[str, ...]:
+    model, job, gpus = item[0]
+    return model, job.removesuffix("-compiled"), job, gpus
 
 
 def guide() -> str:

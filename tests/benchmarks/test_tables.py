@@ -86,16 +86,33 @@ def test_attention_that_was_not_measured_is_not_passed_over_in_silence(results):
 
 def test_training_has_a_row_for_each_number_of_gpus(results):
     name = "h200/wan2.1-t2v-1.3b-480p/calibrate-sla/{}-gpus/{}"
+    compiled = "h200/wan2.1-t2v-1.3b-480p/calibrate-sla-compiled/1-gpus/tokens_per_s"
     facts = {"share_of_ceiling": 0.339, "config": {"peak_gib": 35.64}}
     records = [
         record(name.format(1, "tokens_per_s"), 12_774.2, "tokens/s", **facts),
         record(name.format(1, "seconds"), 2.5, "s", **facts),
         replace(record(name.format(2, "tokens_per_s"), 9_000, "tokens/s", **facts), runs=1),
+        record(compiled, 20_000, "tokens/s", **facts),
+        record("h200/tiny-wan/calibrate-sla/resumed_loss_difference", 1e-7, "relative"),
     ]
     write(results / "training.json", records)
     assert [row[1:] for row in rows(tables.training())] == [
-        ["`calibrate sla`", "1", "12,774 ± 0", "0.34", "35.6 GiB"],
-        ["`calibrate sla`", "2", "9,000, one reading", "0.34", "35.6 GiB"],
+        ["`calibrate sla`", "as written", "1", "12,774 ± 0", "0.34", "35.6 GiB"],
+        ["`calibrate sla`", "as written", "2", "9,000, one reading", "0.34", "35.6 GiB"],
+        ["`calibrate sla`", "compiled", "1", "20,000 ± 0", "0.34", "35.6 GiB"],
+    ]
+
+
+def test_a_cold_start_has_its_parts(results):
+    parts = {"start_s": 3.19, "load_s": 11.96, "step_s": 5.27}
+    records = [
+        record(f"h200/wan2.1-t2v-1.3b-480p/cold_start_{caches}_caches_s", 20.4, "s", config=parts)
+        for caches in ("empty", "warm")
+    ]
+    write(results / "cold_start.json", records)
+    assert [row[1:] for row in rows(tables.cold_start())] == [
+        [caches, "3.2 s", "12.0 s", "5.3 s", "20.4 ± 0.1 s"]
+        for caches in ("none yet", "of an earlier process")
     ]
 
 
