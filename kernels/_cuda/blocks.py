@@ -1,4 +1,6 @@
-"""Quantize by a scheme: launch blocks.cu and tiles.cu for int8, rows.cu and groups.cu for e4m3.
+"""Quantize by a scheme.
+
+For int8 blocks_ahead.cu, blocks.cu and tiles.cu are launched, for e4m3 rows.cu and groups.cu.
 
 A scale of int8 belongs to 128 rows and 128 channels. Rows are counted through all batch entries.
 """
@@ -8,12 +10,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from ..schemes import BLOCK, SCHEMES, blocks
-from .compiler import PORTABLE_CLUSTER, Kernel
+from .compiler import Kernel
 from .rows import (
     Branch,
     aligned_rows,
@@ -25,40 +27,59 @@ from .rows import (
     strides_of,
 )
 
-WIDE_CLUSTER = 16  # programs; Hopper runs such clusters if a kernel allows them
-_MOST_PROGRAMS = 4  # of a multiprocessor
-_MOST_THREADS = 1280  # of a multiprocessor, so that each can have 48 registers
+_CLUSTER = 8  # programs that take a block; what every device with clusters can run
+_HELD = BLOCK // _CLUSTER  # rows of a program
 _SHARED, _RESERVED = 228 * 1024, 1024  # bytes of a multiprocessor; of them, lost with each program
+_REGISTERS = 64 * 1024  # of a multiprocessor
+_MOST_PROGRAMS = 4  # of a multiprocessor
+_LARGEST_PROGRAM = 1024  # threads
+_WIDEST_AHEAD = 5120  # channels: 640 threads can have 96 registers, 64 of them for rows
+_TILE = {"THREADS": 512, "PROGRAMS": 2}  # of tiles.cu
+_HEADERS = "common.cuh+hopper.cuh+cluster.cuh+parameters.cuh+int8.cuh+blocks.cuh"
 
 
 class Shape(NamedTuple):
-    """How a block is shared out; see blocks.cu. The fields are its macros.
+    """How blocks.cu shares out a block. The fields are its macros.
 
-    programs of a cluster, programs of a multiprocessor, rows of a branch loaded at once, rows of a
-    thread normalized at once
+    programs of a multiprocessor, rows of a branch loaded at once, rows of a thread normalized at
+    once, whether the next block is brought to L2
     """
 
-    cluster: int
     programs: int
     step: int
     unroll: int
+    prefetch: int = 0
 
     def shared_bytes(self, channels: int) -> int:
         """Of a program: `Shared` in blocks.cu."""
-        rows = BLOCK // self.cluster
-        held = rows * (2 * channels + 16 + 8 * (channels // 256) + 8)
-        return held + 2 * 4 * self.cluster * (channels // BLOCK) + 16
+        return _common_bytes(channels, 1)
+
+    def threads(self, channels: int) -> int:
+        """Of a program: each has 8 channels."""
+        return channels // 8
 
 
-class TileShape(NamedTuple):
-    """How a block without a norm is taken; see tiles.cu. The fields are its macros.
+class AheadShape(NamedTuple):
+    """How blocks_ahead.cu shares out a block. The fields are its macros.
 
-    threads of a program, programs of a multiprocessor, whether two GELUs share a reciprocal
+    programs of a multiprocessor, threads that share the rows of the same channels, whether the
+    block after the next is brought to L2
     """
 
-    threads: int
     programs: int
-    paired: int
+    split: int
+    prefetch: int = 1
+
+    def shared_bytes(self, channels: int) -> int:
+        """Of a program: `Shared` in blocks_ahead.cu."""
+        return _common_bytes(channels, self.split) + 2 * 4 * channels
+
+    def threads(self, channels: int) -> int:
+        """Of a program: each has 8 channels of some of the rows."""
+        return self.split * channels // 8
+
+
+_AnyShape = TypeVar("_AnyShape", Shape, AheadShape)
 
 
 def quantize_norm(
@@ -86,14 +107,11 @@ def quantize(x: torch.Tensor, scheme: str, *, gelu: bool) -> tuple[torch.Tensor,
         return quantize_groups(x, gelu=gelu)
     q, scale = _new_blocks(x)
     if x.numel():
-        shape = _tile_shape(gelu)
-        defines = {name.upper(): value for name, value in shape._asdict().items()}
-        kernel = load(
-            "common.cuh+int8.cuh+tiles.cu", "quantize_tiles", x, {**defines, "GELU": int(gelu)}
-        )
+        defines = {**_TILE, "GELU": int(gelu)}
+        kernel = load("common.cuh+int8.cuh+tiles.cu", "quantize_tiles", x, defines)
         rows, groups = x.numel() // x.shape[-1], x.shape[-1] // BLOCK
         x = on_16_bytes(x.contiguous())
-        kernel.launch((scale.numel(),), shape.threads, x, q, scale, rows, groups)
+        kernel.launch((scale.numel(),), _TILE["THREADS"], x, q, scale, rows, groups)
     return q, scale
 
 
@@ -110,33 +128,52 @@ def _quantize_normalized_blocks(
     rows_BLC = aligned_rows(x)
     added = aligned_rows(branch.y) if branch else None
     gate, gain, bias = broadcast_parameters((branch.gate if branch else None, gain, bias), rows_BLC)
-    rows_BLC, others = _as_one_batch(rows_BLC, (added, gate, gain, bias))
+    rows_BLC, (added, gate, gain, bias) = _as_one_batch(rows_BLC, (added, gate, gain, bias))
     batch, length, channels = rows_BLC.shape
-    parameters = [p for p in others[1:] if p is not None]
-    shape = _shape(channels)
-    shared_bytes = shape.shared_bytes(channels)
+    parameters = [p for p in (gate, gain, bias) if p is not None]
     defines = {
         "CHANNELS": channels,
-        **{name.upper(): value for name, value in shape._asdict().items()},
-        "SHARED_BYTES": shared_bytes,
-        "BRANCH": int(branch is not None),
-        "GATE": int(gate is not None),
         "GAIN": int(gain is not None),
         "BIAS": int(bias is not None),
         "OFFSET": gain_offset,
         "BATCHED": int(batch > 1),
-        "PER_TOKEN": int(any(_differs_by_row(p) for p in parameters)),
         "PARAMETER_BF16": int(any(p.dtype is torch.bfloat16 for p in parameters)),
     }
-    source = "common.cuh+hopper.cuh+cluster.cuh+parameters.cuh+int8.cuh+blocks.cu"
-    kernel = load(source, "quantize_blocks", x, defines, shared_bytes)
-    threads = channels // 8
-    clusters = min(scale.shape[0], _resident_clusters(kernel, threads, shape.cluster))
-    kernel.launch(
-        (clusters * shape.cluster,), threads,
-        rows_BLC, *others, branch.stream if branch else None, q, scale, eps, batch, length,
-        *(stride for tensor in (rows_BLC, *others) for stride in strides_of(tensor)),
+    per_token = any(_differs_by_row(p) for p in parameters)
+    ahead = None if branch or per_token else _ahead_shape(channels)
+    if ahead is not None:
+        _launch(
+            "blocks_ahead.cu", ahead, defines, scale.shape[0],
+            rows_BLC, gain, bias, q, scale, eps, batch, length, *strides_of(rows_BLC),
+        )  # fmt: skip
+        return
+    inputs = (rows_BLC, added, gate, gain, bias)
+    defines |= {
+        "SPLIT": 1,
+        "BRANCH": int(branch is not None),
+        "GATE": int(gate is not None),
+        "PER_TOKEN": int(per_token),
+    }
+    _launch(
+        "blocks.cu", _shape(channels), defines, scale.shape[0],
+        *inputs, branch.stream if branch else None, q, scale, eps, batch, length,
+        *(stride for tensor in inputs for stride in strides_of(tensor)),
     )  # fmt: skip
+
+
+def _launch(
+    file: str, shape: Shape | AheadShape, defines: dict[str, int], count: int, *arguments: Any
+) -> None:
+    """Start the kernel of a file for `count` blocks: the clusters that run at once share them."""
+    channels = defines["CHANNELS"]
+    shared_bytes, threads = shape.shared_bytes(channels), shape.threads(channels)
+    macros = {name.upper(): value for name, value in shape._asdict().items()}
+    kernel = load(
+        f"{_HEADERS}+{file}", "quantize_blocks", arguments[0],
+        {**defines, **macros, "SHARED_BYTES": shared_bytes}, shared_bytes,
+    )  # fmt: skip
+    clusters = min(count, _resident_clusters(kernel, threads))
+    kernel.launch((clusters * _CLUSTER,), threads, *arguments)
 
 
 def _new_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,19 +204,31 @@ def _differs_by_row(parameter_BLC: torch.Tensor) -> bool:
 
 
 def _shape(channels: int) -> Shape:
-    """Two programs of a multiprocessor at least, so that one computes while another loads."""
-    for shape in (Shape(PORTABLE_CLUSTER, 1, 8, 4), Shape(WIDE_CLUSTER, 1, 4, 4)):
-        room = _SHARED // (shape.shared_bytes(channels) + _RESERVED)
-        programs = min(room, _MOST_THREADS // (channels // 8), _MOST_PROGRAMS)
-        if programs > 1:
-            return shape._replace(programs=programs)
-    return Shape(PORTABLE_CLUSTER, 1, 8, 4)
+    """As measured on an H200 with 1536 and 5120 channels: a thread has 96 registers."""
+    return _with_programs(Shape(1, 16, 4), channels, 96)
 
 
-def _tile_shape(gelu: bool) -> TileShape:
-    return TileShape(256, 3, int(gelu))
+def _ahead_shape(channels: int) -> AheadShape | None:
+    """None where the rows of a thread do not fit in its registers; 8 rows do in 56 of them."""
+    if channels > _WIDEST_AHEAD:
+        return None
+    split = 2 if channels // 4 <= _LARGEST_PROGRAM else 1
+    return _with_programs(AheadShape(1, split), channels, 56)
+
+
+def _with_programs(shape: _AnyShape, channels: int, registers: int) -> _AnyShape:
+    """With as many programs as a multiprocessor has shared memory and registers for."""
+    room = _SHARED // (shape.shared_bytes(channels) + _RESERVED)
+    programs = min(_MOST_PROGRAMS, room, _REGISTERS // (registers * shape.threads(channels)))
+    return shape._replace(programs=max(programs, 1))
+
+
+def _common_bytes(channels: int, split: int) -> int:
+    """Rows, their sums and norms, what the programs of a cluster tell, and two barriers."""
+    held = _HELD * (2 * channels + 16 + 8 * (channels // 256) + 8)
+    return held + 2 * 4 * split * _CLUSTER * (channels // BLOCK) + 16
 
 
 @functools.cache
-def _resident_clusters(kernel: Kernel, threads: int, programs: int) -> int:
-    return kernel.resident_clusters(threads, programs)
+def _resident_clusters(kernel: Kernel, threads: int) -> int:
+    return kernel.resident_clusters(threads, _CLUSTER)

@@ -23,8 +23,6 @@ from ..errors import KernelError
 
 CACHE_VARIABLE = "TURBO_OPT_KERNEL_CACHE"
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_NON_PORTABLE_CLUSTERS = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-PORTABLE_CLUSTER = 8  # programs of a cluster that every device can run
 _HERE = Path(__file__).parent
 
 
@@ -89,13 +87,10 @@ class Kernel:
         Raises:
             KernelError: a cluster does not fit on the device.
         """
-        driver = _driver()
-        if programs > PORTABLE_CLUSTER:
-            _check(driver.cuFuncSetAttribute(self._function, _NON_PORTABLE_CLUSTERS, 1))
         config = _LaunchConfig((programs, 1, 1), (threads, 1, 1), self._shared_bytes)
         clusters = ctypes.c_int()
         _check(
-            driver.cuOccupancyMaxActiveClusters(
+            _driver().cuOccupancyMaxActiveClusters(
                 ctypes.byref(clusters), self._function, ctypes.byref(config)
             )
         )

@@ -3,7 +3,7 @@
 
 constexpr int CHUNKS = 128 * 16 / THREADS;  // of a thread, in the same column
 
-#if PAIRED
+#if GELU
 // GELU's tanh form of two values with one reciprocal. Below −7 it is 0 to all digits that are kept.
 DEVICE void gelu_of_two(float &x, float &y) {
     float e[2], reciprocal;
@@ -39,13 +39,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) quantize_tiles(
 #pragma unroll
     for (int n = 0; n < CHUNKS; n++) {
         unpack(loaded[n], values[n]);
-#if PAIRED
 #pragma unroll
         for (int i = 0; i < 8; i += 2) gelu_of_two(values[n][i], values[n][i + 1]);
-#else
-#pragma unroll
-        for (int i = 0; i < 8; i++) values[n][i] = gelu(values[n][i]);
-#endif
         largest = largest_of(values[n], largest);
     }
     const u32 magnitude = __float_as_uint(largest);

@@ -152,6 +152,16 @@ class QuantizedNormTests:
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("scheme", SCHEMES)
+    @pytest.mark.parametrize("shape", [(1, 20000, 1536), (1, 4000, 5120)])
+    def test_a_mean_far_from_zero_costs_no_digits(self, scheme, kind, shape, device):
+        """Several blocks for each cluster of programs, all of whose rows are measured again."""
+        x = torch.randn(shape, device=device, dtype=torch.bfloat16) + 20
+        rest = (*self.norm.parameters(kind, x), EPS, scheme)
+        expected = run_by("reference", self.name, x, *rest)
+        assert_quantized_alike(expected, run_by("cuda", self.name, x, *rest))
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("scheme", SCHEMES)
     def test_strided_input_on_the_gpu(self, scheme, kind, device):
         wide = torch.randn(300, 2, 3, 512, device=device, dtype=torch.bfloat16)
         x = wide[:, :, 1].transpose(0, 1)
