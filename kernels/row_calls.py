@@ -44,7 +44,7 @@ def triton_supports(capability: Capability, call: RowCall) -> str | None:
 
 
 def cuda_supports(capability: Capability, call: RowCall) -> str | None:
-    """rows.cu, and for int8 blocks.cu and blocks_ahead.cu."""
+    """rows.cu, and for int8 blocks.cu."""
     return cuda_rows.unsupported(capability, call.dtype, call.channels)
 
 

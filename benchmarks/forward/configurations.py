@@ -12,12 +12,13 @@ _FUSED = (
     "fuse-epilogues{{linear_gelu={fp8} linear_residual={fp8}}},hoist-invariants"
 )
 _SAGESLA = _SPARSE.format(mode="sagesla", pv=" pv=fp8") + ","
+_SAGE = "sage-attention{pv=fp8},"  # no target is named, for which `auto` would be 16 bits
 PIPELINES = {
     "sla-bf16": "canonicalize,fuse-norms," + _SPARSE.format(mode="sla", pv=""),
     "sagesla-fp8": _FUSED.format(attention=_SAGESLA, scheme="fp8-block", fp8="true"),
     "sagesla-int8": _FUSED.format(attention=_SAGESLA, scheme="int8-block", fp8="false"),
     "fused-fp8": _FUSED.format(attention="", scheme="fp8-block", fp8="true"),
-    "sage-fp8": _FUSED.format(attention="sage-attention,", scheme="fp8-block", fp8="true"),
+    "sage-fp8": _FUSED.format(attention=_SAGE, scheme="fp8-block", fp8="true"),
     "captured": "",
     "fuse-norms": "canonicalize,fuse-norms",
     "fp8-block": "canonicalize,fuse-norms,quantize-linear{scheme=fp8-block},fuse-norm-quantize",

@@ -10,6 +10,6 @@ detectors. The record is how many minutes the commands took in all.
 
 `--budget` is for machines that are lent for minutes: no training begins that would not end in it,
 what still runs then is stopped, and the same command line goes on from there, trainings by their
-own `--resume`; with `--cut` trainings begin whatever is left. What a stopped training did after its
-last checkpoint is done again, and counted.
+own `--resume`; with `--cut` they begin as long as a minute is left. What a stopped training did
+after its last checkpoint is done again, and counted.
 """

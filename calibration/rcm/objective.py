@@ -134,8 +134,8 @@ class RCMObjective:
             term = self._reverse_term(batch, embeds, predict, reverse)
             value = value + reverse.weight * term
             metrics["reverse"] = term.detach()
-        if self._fake_loss is not None:
-            metrics["fake"] = self._fake_loss
+            if self._fake_loss is not None:
+                metrics["fake"] = self._fake_loss
         return Loss(value, metrics)
 
     def _forward_term(

@@ -209,38 +209,45 @@ class Trainer:
         return values
 
     def _check_compiled(self) -> None:
-        """Raise TurboOptError unless compiled blocks give each network the gradient that they give
-        as written, but for rounding; and compile all that a step runs. All processes call.
-
-        The gradient is that of the network's distance to noise. A loss would not do: that of a
-        student which is close to its teacher is a small difference, whose gradient is rounding's.
-        """
+        """Raise TurboOptError unless blocks can be compiled and give each network the gradient that
+        they give as written; all that a step runs is compiled then. All processes call."""
         for turn, trainee in self.trainees.items():
             steps = range(self.step, self.job.training.steps)
             if not any(self.objective.turn(step) == turn for step in steps):
                 continue
             batch = next(self._micro_batches())
-            gradients = []
-            for run in (uncompiled, first_compilation):
-                with run():
-                    with self._autocast():
-                        value = distance_to_noise(self.objective.denoisers[turn], batch)
-                    value.backward()
-                    gradients.append(trainee.gradient())
-                trainee.forget_gradient()
-            written, compiled = gradients
-            length = norm_of(written)
-            apart = norm_of({name: compiled[name] - value for name, value in written.items()})
-            if not apart <= MOST_APART * length:
-                raise TurboOptError(
-                    f"training.compile: the {turn}'s gradient by compiled blocks is "
-                    f"{apart / length:.2g} times its length away from that of the blocks as "
-                    "written; set training.compile to false"
-                )
+            self._compare_gradients(turn, trainee, batch)
             with first_compilation(), self._autocast():
                 self.objective.loss(batch, turn).value.backward()
             for each in self.trainees.values():
                 each.forget_gradient()
+
+    def _compare_gradients(self, turn: str, trainee: Trainee, batch: Batch) -> None:
+        """Raise TurboOptError if rounding alone cannot be why gradients by compiled blocks differ.
+
+        They are those of the network's distance to noise. A loss would not do: that of a student
+        which is close to its teacher is a small difference, whose gradient is rounding's. One that
+        is not finite as written says nothing of the compiler; the step itself names the samples.
+        """
+        gradients = []
+        for run in (uncompiled, first_compilation):
+            with run():
+                with self._autocast():
+                    value = distance_to_noise(self.objective.denoisers[turn], batch)
+                value.backward()
+                gradients.append(trainee.gradient())
+            trainee.forget_gradient()
+        written, compiled = gradients
+        length = norm_of(written)
+        if not math.isfinite(length):
+            return
+        apart = norm_of({name: compiled[name] - value for name, value in written.items()})
+        if not apart <= MOST_APART * length:
+            raise TurboOptError(
+                f"training.compile: the {turn}'s gradient by compiled blocks is {apart:.2g} away "
+                f"from that of the blocks as written, whose length is {length:.2g}; set "
+                "training.compile to false"
+            )
 
     def _micro_batches(self) -> Iterator[Batch]:
         """This process's samples of the step."""

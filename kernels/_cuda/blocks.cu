@@ -4,8 +4,7 @@
 //     x' = x + branch · gate
 //     y = (x' − mean) · rstd · (OFFSET + gain) + bias
 //
-// A thread has all of its program's rows, as SPLIT is 1, so gain and bias are read once. y is computed
-// twice: for the largest magnitudes, which the programs tell each other, and for the result. While that
+// A thread has all of its program's rows, so gain and bias are read once. y is computed twice: for the largest magnitudes, which the programs tell each other, and for the result. While that
 // is stored, the rows of the cluster's next block are copied to where they were.
 //
 // CHANNELS is a multiple of 256 up to 6144. BRANCH, GATE, GAIN and BIAS say which of them there are;
@@ -159,7 +158,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             normalize(values, shared, r, factor, shift);
             largest = largest_of(values, largest);
         }
-        largest = largest_of_tellers(largest, shared.largest, shared.told, turn, rank, group);
+        largest = largest_of_programs(largest, shared.largest, shared.told, turn, rank, group);
         float scaling;
         const float step = int8_step(largest, scaling);
         if (rank == 0 && threadIdx.x % 16 == 0) y_scale[(long long)block * GROUPS + group] = step;

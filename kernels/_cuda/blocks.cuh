@@ -1,19 +1,15 @@
-// What the kernels that normalize blocks of 128 rows for int8 share.
+// The parts of blocks.cu: norms of rows, the largest magnitudes of a cluster, rows in memory.
 //
-// A cluster of programs takes a block; a program keeps its HELD rows in shared memory, packed. A thread
-// has the same 8 channels of KEPT rows: SPLIT threads share the rows of the same channels.
+// A cluster of programs takes a block of 128 rows; a program keeps its HELD rows in shared memory,
+// packed. A thread has the same 8 channels of all of them.
 
-constexpr int CLUSTER = 8, HELD = 128 / CLUSTER, KEPT = HELD / SPLIT;
-constexpr int COLUMNS = CHANNELS / 8, THREADS = SPLIT * COLUMNS, WARPS = COLUMNS / 32;
-constexpr int GROUPS = CHANNELS / 128, TELLERS = SPLIT * CLUSTER;
+constexpr int CLUSTER = 8, HELD = 128 / CLUSTER;
+constexpr int THREADS = CHANNELS / 8, WARPS = THREADS / 32, GROUPS = CHANNELS / 128;
 constexpr int PITCH = 2 * CHANNELS + 16;  // bytes: 8 rows' chunks lie in different banks
 
 typedef u8 Rows[HELD][PITCH];
 typedef float2 Sums[HELD][WARPS];  // of a warp's channels and of their squares
-typedef float Largest[TELLERS][GROUPS];  // magnitudes in the rows of those who tell
-
-// Which of the SPLIT threads of its channels the calling thread is.
-DEVICE int split_of_thread() { return SPLIT == 1 ? 0 : threadIdx.x / COLUMNS; }
+typedef float Largest[CLUSTER][GROUPS];  // magnitudes in the rows of each program
 
 // Four times 8×8 values of bf16, of a row at each lane's address.
 DEVICE void load_matrices(u32 (&matrices)[4], u32 address) {
@@ -47,7 +43,7 @@ DEVICE void tell(u32 target, float x, u32 barrier, u32 rank) {
 // the rows by ones and by themselves; of the latter only the diagonal is wanted. Every second 8 channels
 // are taken as further rows. They drop the last bits of a sum, so a warp adds 8 products only.
 DEVICE void sum_channels(const Rows &rows, int first, Sums &sums) {
-    const int warp = threadIdx.x / 32 - WARPS * split_of_thread(), lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 from = shared_address(&rows[first + lane % 8][512 * warp + lane / 8 * 16]);
     constexpr u32 ones = 0x3F803F80u;
     float all[4] = {}, upper[4] = {}, lower[4] = {};
@@ -70,7 +66,7 @@ DEVICE void sum_channels(const Rows &rows, int first, Sums &sums) {
 DEVICE float sum_apart(const u16 *row, float mean) {
     float sum = 0.0f;
 #pragma unroll 1
-    for (int c = threadIdx.x % 32; c < COLUMNS; c += 32) {
+    for (int c = threadIdx.x % 32; c < THREADS; c += 32) {
         float values[8];
         unpack(*(const Chunk *)(row + 8 * c), values);
 #pragma unroll
@@ -112,18 +108,18 @@ DEVICE void measure(const Sums &sums, float2 (&norms)[HELD], float eps, int here
     }
 }
 
-// The largest magnitude of each group among all who tell of it, where each of them tells its own. Every
-// other time, another barrier and place are used. `from`: which teller the calling thread is.
-DEVICE float largest_of_tellers(float own, Largest (&places)[2], const u64 (&told)[2], int turn,
-                                int from, int group) {
+// The largest magnitude of each group among the programs, each of which tells its own. Every other
+// time, another barrier and place are used.
+DEVICE float largest_of_programs(float own, Largest (&places)[2], const u64 (&told)[2], int turn,
+                                 int rank, int group) {
     const int lane = threadIdx.x % 16;
     const u32 barrier = shared_address(&told[turn % 2]);
-    Largest &of_tellers = places[turn % 2];
+    Largest &of_programs = places[turn % 2];
     own = largest_of_lanes(own);
-    if (threadIdx.x == 0) barrier_expect(barrier, sizeof(of_tellers));
-    if (lane < CLUSTER) tell(shared_address(&of_tellers[from][group]), own, barrier, lane);
+    if (threadIdx.x == 0) barrier_expect(barrier, sizeof(of_programs));
+    if (lane < CLUSTER) tell(shared_address(&of_programs[rank][group]), own, barrier, lane);
     barrier_wait(barrier, turn / 2 % 2);
-    return largest_of_lanes(of_tellers[lane % TELLERS][group]);
+    return largest_of_lanes(of_programs[lane % CLUSTER][group]);
 }
 
 // Where a row begins in a tensor. Without batches it is `next`, which goes to the row after.

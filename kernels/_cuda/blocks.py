@@ -1,6 +1,6 @@
 """Quantize by a scheme.
 
-For int8 blocks_ahead.cu, blocks.cu and tiles.cu are launched, for e4m3 rows.cu and groups.cu.
+For int8 blocks.cu and tiles.cu are launched, for e4m3 rows.cu and groups.cu.
 
 A scale of int8 belongs to 128 rows and 128 channels. Rows are counted through all batch entries.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
@@ -32,8 +32,6 @@ _HELD = BLOCK // _CLUSTER  # rows of a program
 _SHARED, _RESERVED = 228 * 1024, 1024  # bytes of a multiprocessor; of them, lost with each program
 _REGISTERS = 64 * 1024  # of a multiprocessor
 _MOST_PROGRAMS = 4  # of a multiprocessor
-_LARGEST_PROGRAM = 1024  # threads
-_WIDEST_AHEAD = 5120  # channels: 640 threads can have 96 registers, 64 of them for rows
 _TILE = {"THREADS": 512, "PROGRAMS": 2}  # of tiles.cu
 _HEADERS = "common.cuh+hopper.cuh+cluster.cuh+parameters.cuh+int8.cuh+blocks.cuh"
 
@@ -49,37 +47,6 @@ class Shape(NamedTuple):
     step: int
     unroll: int
     prefetch: int = 0
-
-    def shared_bytes(self, channels: int) -> int:
-        """Of a program: `Shared` in blocks.cu."""
-        return _common_bytes(channels, 1)
-
-    def threads(self, channels: int) -> int:
-        """Of a program: each has 8 channels."""
-        return channels // 8
-
-
-class AheadShape(NamedTuple):
-    """How blocks_ahead.cu shares out a block. The fields are its macros.
-
-    programs of a multiprocessor, threads that share the rows of the same channels, whether the
-    block after the next is brought to L2
-    """
-
-    programs: int
-    split: int
-    prefetch: int = 1
-
-    def shared_bytes(self, channels: int) -> int:
-        """Of a program: `Shared` in blocks_ahead.cu."""
-        return _common_bytes(channels, self.split) + 2 * 4 * channels
-
-    def threads(self, channels: int) -> int:
-        """Of a program: each has 8 channels of some of the rows."""
-        return self.split * channels // 8
-
-
-_AnyShape = TypeVar("_AnyShape", Shape, AheadShape)
 
 
 def quantize_norm(
@@ -139,41 +106,23 @@ def _quantize_normalized_blocks(
         "BATCHED": int(batch > 1),
         "PARAMETER_BF16": int(any(p.dtype is torch.bfloat16 for p in parameters)),
     }
-    per_token = any(_differs_by_row(p) for p in parameters)
-    ahead = None if branch or per_token else _ahead_shape(channels)
-    if ahead is not None:
-        _launch(
-            "blocks_ahead.cu", ahead, defines, scale.shape[0],
-            rows_BLC, gain, bias, q, scale, eps, batch, length, *strides_of(rows_BLC),
-        )  # fmt: skip
-        return
     inputs = (rows_BLC, added, gate, gain, bias)
+    shape, shared_bytes = _shape(channels, branch is not None), _shared_bytes(channels)
     defines |= {
-        "SPLIT": 1,
         "BRANCH": int(branch is not None),
         "GATE": int(gate is not None),
-        "PER_TOKEN": int(per_token),
+        "PER_TOKEN": int(any(_differs_by_row(p) for p in parameters)),
+        "SHARED_BYTES": shared_bytes,
+        **{name.upper(): value for name, value in shape._asdict().items()},
     }
-    _launch(
-        "blocks.cu", _shape(channels), defines, scale.shape[0],
+    kernel = load(f"{_HEADERS}+blocks.cu", "quantize_blocks", x, defines, shared_bytes)
+    threads = _threads(channels)
+    clusters = min(scale.shape[0], _resident_clusters(kernel, threads))
+    kernel.launch(
+        (clusters * _CLUSTER,), threads,
         *inputs, branch.stream if branch else None, q, scale, eps, batch, length,
         *(stride for tensor in inputs for stride in strides_of(tensor)),
     )  # fmt: skip
-
-
-def _launch(
-    file: str, shape: Shape | AheadShape, defines: dict[str, int], count: int, *arguments: Any
-) -> None:
-    """Start the kernel of a file for `count` blocks: the clusters that run at once share them."""
-    channels = defines["CHANNELS"]
-    shared_bytes, threads = shape.shared_bytes(channels), shape.threads(channels)
-    macros = {name.upper(): value for name, value in shape._asdict().items()}
-    kernel = load(
-        f"{_HEADERS}+{file}", "quantize_blocks", arguments[0],
-        {**defines, **macros, "SHARED_BYTES": shared_bytes}, shared_bytes,
-    )  # fmt: skip
-    clusters = min(count, _resident_clusters(kernel, threads))
-    kernel.launch((clusters * _CLUSTER,), threads, *arguments)
 
 
 def _new_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,30 +152,27 @@ def _differs_by_row(parameter_BLC: torch.Tensor) -> bool:
     return any(parameter_BLC.stride(axis) for axis in (0, 1) if parameter_BLC.shape[axis] > 1)
 
 
-def _shape(channels: int) -> Shape:
-    """As measured on an H200 with 1536 and 5120 channels: a thread has 96 registers."""
-    return _with_programs(Shape(1, 16, 4), channels, 96)
+def _shape(channels: int, branch: bool) -> Shape:
+    """As measured on an H200 with 1536 and 5120 channels."""
+    programs = min(
+        _MOST_PROGRAMS,
+        _SHARED // (_shared_bytes(channels) + _RESERVED),
+        _REGISTERS // ((96 if branch else 80) * _threads(channels)),
+    )
+    if branch or programs > 1:
+        return Shape(max(programs, 1), 16, 4)
+    return Shape(1, 16, 8, prefetch=1)  # no other program has the memory work meanwhile
 
 
-def _ahead_shape(channels: int) -> AheadShape | None:
-    """None where the rows of a thread do not fit in its registers; 8 rows do in 56 of them."""
-    if channels > _WIDEST_AHEAD:
-        return None
-    split = 2 if channels // 4 <= _LARGEST_PROGRAM else 1
-    return _with_programs(AheadShape(1, split), channels, 56)
+def _threads(channels: int) -> int:
+    """Of a program: each has 8 channels."""
+    return channels // 8
 
 
-def _with_programs(shape: _AnyShape, channels: int, registers: int) -> _AnyShape:
-    """With as many programs as a multiprocessor has shared memory and registers for."""
-    room = _SHARED // (shape.shared_bytes(channels) + _RESERVED)
-    programs = min(_MOST_PROGRAMS, room, _REGISTERS // (registers * shape.threads(channels)))
-    return shape._replace(programs=max(programs, 1))
-
-
-def _common_bytes(channels: int, split: int) -> int:
-    """Rows, their sums and norms, what the programs of a cluster tell, and two barriers."""
+def _shared_bytes(channels: int) -> int:
+    """Of a program, `Shared` in blocks.cu: rows, their sums and norms, maxima of the cluster."""
     held = _HELD * (2 * channels + 16 + 8 * (channels // 256) + 8)
-    return held + 2 * 4 * split * _CLUSTER * (channels // BLOCK) + 16
+    return held + 2 * 4 * _CLUSTER * (channels // BLOCK) + 16
 
 
 @functools.cache

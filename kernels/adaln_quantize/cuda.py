@@ -1,4 +1,4 @@
-"""adaln_quantize by rows.cu in groups of 1×128, by blocks_ahead.cu or blocks.cu in 128×128."""
+"""adaln_quantize by rows.cu in groups of 1×128, by blocks.cu in 128×128."""
 
 from __future__ import annotations
 

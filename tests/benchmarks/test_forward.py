@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.forward import CASES, PIPELINES, Case
+from benchmarks.forward import CASES, PIPELINES, Bench, Case
 from benchmarks.forward.floors import Computation, Rates, Work, floor
 from benchmarks.forward.run import run
 from benchmarks.kernels._harness import Session
@@ -38,6 +38,24 @@ def test_a_sparse_block_in_8_bits_is_counted_by_hand() -> None:
         # Norms write 8 bits; q is read once, k and v twice, each written in 8 bits.
         moved=(3 * 3 + 4 + 3 + 5 + 5) * 256 * 128,
     )
+
+
+def test_a_dense_block_in_8_bits_is_counted_by_hand() -> None:
+    assert Work.of(TOY, Computation.of(PIPELINES["sage-fp8"])) == Work(
+        linear=2 * 256 * (6 * 16_384 + 2 * 32_768),
+        attention=2 * 2 * 256 * 256 * 128,
+        branch=0,
+        cross_attention=2 * 2 * 256 * 161 * 128,
+        # Norms write 8 bits; q and k are normalized; k and v are measured; all three are rounded.
+        moved=(3 * 3 + 4 + 8 + 4 + 9) * 256 * 128,
+    )
+
+
+@pytest.mark.parametrize("name", ["sage-fp8", "sagesla-fp8"])
+def test_attention_in_8_bits_has_p_and_v_in_fp8(name) -> None:
+    module, _ = Bench(CASES["tiny"], Session(dry=True)).optimized(PIPELINES[name])
+    calls = [node for node in module.graph.graph.nodes if "sage" in str(node.target)]
+    assert len(calls) == 2 and all("fp8" in node.args for node in calls)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +92,7 @@ def rates(**changed: float) -> Rates:
 
     return Rates(
         {"bf16": rate("bf16"), "fp8-block": rate("fp8"), "int8-block": rate("int8")},
-        {"sla": rate("bf16"), "sagesla": rate("int8_and_fp8")},
+        {"sla": rate("bf16"), "sage": rate("int8_and_fp8"), "sagesla": rate("int8_and_fp8")},
         rate("library"),
         Ceiling(changed.get("copy", 1.0), "GB/s", "copy"),
     )
@@ -102,6 +120,12 @@ def test_a_floor_adds_its_parts_over_blocks_and_forwards() -> None:
 def test_each_part_of_a_sparse_floor_is_at_its_own_rate(part) -> None:
     saved = floor(TOY, SPARSE, rates()).value - floor(TOY, SPARSE, rates(**{part: 2.0})).value
     assert saved == pytest.approx(3 * PARTS[part] / 2, rel=1e-9)
+
+
+def test_dense_attention_in_8_bits_is_at_their_rate() -> None:
+    sage = Computation.of(PIPELINES["sage-fp8"])
+    saved = floor(TOY, sage, rates()).value - floor(TOY, sage, rates(int8_and_fp8=2.0)).value
+    assert saved == pytest.approx(3 * 0.033554432 / 2, rel=1e-9)
 
 
 @pytest.mark.parametrize("part", ["int8_and_fp8", "fp8", "int8"])

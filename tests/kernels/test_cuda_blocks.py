@@ -1,4 +1,4 @@
-"""How calls reach blocks.cu and blocks_ahead.cu: what is one sequence of rows, macros, programs."""
+"""How calls reach blocks.cu: what is one sequence of rows, macros, programs."""
 
 from __future__ import annotations
 
@@ -66,37 +66,19 @@ def test_rows_are_one_sequence_unless_something_belongs_to_a_batch_entry(
     assert (launches.defines["BATCHED"], launches.defines["PER_TOKEN"]) == (batched, per_token)
 
 
-@pytest.mark.parametrize(
-    ("channels", "kind", "branch", "file"),
-    [
-        (5120, "shared", False, "blocks_ahead.cu"),
-        (5120, "shared", True, "blocks.cu"),
-        (5120, "per token", False, "blocks.cu"),
-        (5376, "shared", False, "blocks.cu"),
-    ],
-)
-def test_blocks_are_loaded_ahead_where_rows_fit_in_registers_and_share_parameters(
-    launches, channels, kind, branch, file
-):
-    x = torch.zeros(1, 9, channels, dtype=torch.bfloat16)
-    added = Branch(x, None, torch.empty_like(x)) if branch else None
-    normalize(x, modulation(kind, x), modulation(kind, x), added)
-    assert launches.file == file
-
-
 def test_parameters_that_rows_share_are_passed_without_strides(launches):
     x, gain = torch.zeros(1, 9, 256, dtype=torch.bfloat16), torch.ones(1, 1, 256)
     normalize(x, gain, None)
-    ((_, _, (_, passed, none, *_, batch, length, x_batch, x_row)),) = launches
+    ((_, _, (_, _, _, passed, none, *_, gain_row, _, _)),) = launches
     assert passed.data_ptr() == gain.data_ptr() and none is None
-    assert (batch, length, x_batch, x_row) == (1, 9, 9 * 256, 256)
+    assert gain_row == 0 and launches.defines["PER_TOKEN"] == 0
 
 
 def test_tokens_before_batch_entries_in_memory_are_batched(launches):
     x = torch.zeros(9, 2, 256, dtype=torch.bfloat16).transpose(0, 1)
     normalize(x, None, None)
     assert launches.defines["BATCHED"] == 1
-    assert launches[0][2][-4:] == (2, 9, 256, 512)  # B, L, strides of x
+    assert launches[0][2][-12:-8] == (2, 9, 256, 512)  # B, L, strides of x
     normalize(x, None, None, Branch(x, None, torch.empty_like(x)))
     assert launches.defines["BATCHED"] == 1
     assert launches[1][2][-12:-8] == (2, 9, 256, 512)
@@ -115,25 +97,25 @@ def test_as_many_clusters_start_as_run_at_once_and_have_a_block(launches, rows, 
     launches.resident = resident
     q, scale = normalize(torch.zeros(1, rows, 1536, dtype=torch.bfloat16), None, None)
     ((grid, threads, _),) = launches
-    assert grid == (8 * clusters,) and threads == launches.defines["SPLIT"] * 1536 // 8
+    assert grid == (8 * clusters,) and threads == 1536 // 8
     assert q.shape == (1, rows, 1536) and scale.shape == (-(-rows // 128), 12)
 
 
 @pytest.mark.parametrize("channels", range(256, 6145, 256))
 def test_programs_of_every_width_fit_on_a_multiprocessor(channels):
-    """Shared memory, and registers that the kernel lives on: 96, or 56 where rows are split."""
-    for shape in (blocks._shape(channels), blocks._ahead_shape(channels)):
-        if shape is None:
-            assert channels > 5120
-            continue
-        assert shape.programs >= 1 and shape.shared_bytes(channels) <= LARGEST_PROGRAM
-        assert shape.programs * (shape.shared_bytes(channels) + 1024) <= 228 * 1024
-        threads = shape.threads(channels)
-        assert threads <= 1024 and shape.programs * threads * 56 <= 64 * 1024
+    """Shared memory, and registers that the kernel lives on: 96 with a branch, else 80."""
+    for branch, registers in ((True, 96), (False, 80)):
+        programs = blocks._shape(channels, branch).programs
+        shared, threads = blocks._shared_bytes(channels), blocks._threads(channels)
+        assert programs >= 1 and shared <= LARGEST_PROGRAM and threads <= 1024
+        assert programs * (shared + 1024) <= 228 * 1024
+        assert programs == 1 or programs * threads * registers <= 64 * 1024
 
 
 def test_shapes_are_those_measured_on_an_h200():
-    assert blocks._shape(1536) == (3, 16, 4, 0) and blocks._shape(5120) == (1, 16, 4, 0)
+    assert blocks._shape(1536, True) == (3, 16, 4, 0) and blocks._shape(5120, True) == (1, 16, 4, 0)
+    assert blocks._shape(1536, False) == (4, 16, 4, 0)
+    assert blocks._shape(5120, False) == (1, 16, 8, 1)
 
 
 def test_what_there_is_of_branch_gate_gain_and_bias_is_a_macro(launches):

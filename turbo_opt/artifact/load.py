@@ -135,7 +135,8 @@ def load(
         components: diffusers folder or hub id with text encoder and VAE, if not the recorded one.
         check: also compare every file's SHA-256 (sizes always are).
         cuda_graph: on a GPU, replay the steps of an artifact with stages as CUDA graphs, and whole
-            clips of few steps; the environment variable TURBO_OPT_CUDA_GRAPH=0 turns it off too.
+            clips where `sample` is asked for it; the environment variable TURBO_OPT_CUDA_GRAPH=0
+            turns it off too.
             `transformer.cuda_graph_status` and `transformer.loop_graph_status` say what is done.
 
     Raises:

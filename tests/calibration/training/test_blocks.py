@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,6 +176,31 @@ def test_a_gradient_that_is_not_finite_is_of_the_samples_not_of_the_compiler(
     job = load_job(home / "job.yaml", SLAJob, ["training.compile=true"])
     with pytest.raises(TurboOptError, match=r"the loss is not finite at step 1 of 4.*samples 00"):
         train_sla(job, tmp_path / "out", ALONE, progress=quiet)
+
+
+def test_a_prediction_that_is_not_finite_is_of_the_samples_too(
+    home, graphs, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(
+        Denoiser,
+        "__call__",
+        lambda self, *args, call=Denoiser.__call__: call(self, *args) * torch.inf,
+    )
+    job = load_job(home / "job.yaml", SLAJob, ["training.compile=true"])
+    with pytest.raises(TurboOptError, match=r"the loss is not finite at step 1 of 4.*samples 00"):
+        train_sla(job, tmp_path / "out", ALONE, progress=quiet)
+
+
+def test_a_loss_that_was_only_compiled_is_not_in_the_log(home, graphs, tmp_path) -> None:
+    """The fake score's, which has not been trained as long as the tangent warms up."""
+    (home / "unguided.yaml").write_text(UNGUIDED)
+    settings = ["rcm.reverse={student_every: 2}", "rcm.warm_up=1", "training.steps=3"]
+    settings += ["training.compile=true", "training.activations=keep", "log.every=1"]
+    job = load_job(home / "unguided.yaml", RCMJob, settings)
+    train_rcm(job, tmp_path / "out", ALONE, progress=quiet)
+    with (tmp_path / "out" / "log.csv").open(newline="") as file:
+        logged = {row["step"]: row["fake"] for row in csv.DictReader(file)}
+    assert not logged["1"] and logged["2"] and logged["3"] == logged["2"]
 
 
 class Block(torch.nn.Linear):
