@@ -21,6 +21,7 @@ from turbo_opt.ir.schedule import Schedule
 from turbo_opt.ir.weights import LazyTensor, WeightStore, cast, constant
 from turbo_opt.runtime.module import CompiledTransformer
 from turbo_opt.runtime.sampler import initial_latents, sample
+from turbo_opt.targets import detect_target
 
 
 class Bench:
@@ -75,7 +76,8 @@ class Bench:
             self.case.config, unread=unread,
         )  # fmt: skip
         program = Program({"transformer": denoiser}, Schedule(()), Components("", "", {}))
-        planned = validate_pipeline(parse_pipeline(pipeline))
+        target = detect_target() if self.device.type == "cuda" else None  # a dry run takes fp8 too
+        planned = validate_pipeline(parse_pipeline(pipeline), target=target)
         denoiser = (
             PassManager(planned, verification=Verification("off"))
             .run(program)

@@ -12,7 +12,7 @@ _FUSED = (
     "fuse-epilogues{{linear_gelu={fp8} linear_residual={fp8}}},hoist-invariants"
 )
 _SAGESLA = _SPARSE.format(mode="sagesla", pv=" pv=fp8") + ","
-_SAGE = "sage-attention{pv=fp8},"  # no target is named, for which `auto` would be 16 bits
+_SAGE = "sage-attention{pv=fp8},"
 PIPELINES = {
     "sla-bf16": "canonicalize,fuse-norms," + _SPARSE.format(mode="sla", pv=""),
     "sagesla-fp8": _FUSED.format(attention=_SAGESLA, scheme="fp8-block", fp8="true"),
