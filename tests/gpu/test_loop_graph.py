@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.helpers.schedules import euler
 from tests.helpers.tiny_folder import tiny_program
 from turbo_opt.capture import capture
 from turbo_opt.compiler.manager import PassManager, Verification
 from turbo_opt.compiler.pipeline import parse_pipeline
 from turbo_opt.compiler.validation import validate_pipeline
 from turbo_opt.ir.rcm import rcm_schedule
-from turbo_opt.ir.schedule import Schedule, Step
 from turbo_opt.runtime.cuda_graph import CudaBackend
 from turbo_opt.runtime.module import CompiledTransformer
 from turbo_opt.runtime.sampler import initial_latents, sample
@@ -57,16 +56,6 @@ def networks(program):
             denoiser.exported, weights, denoiser.config, "cuda", denoiser.stages
         )
     return built
-
-
-def euler(steps, guidance_scale=None):
-    times = [1 - i / steps for i in range(steps + 1)]
-    return Schedule(
-        tuple(
-            Step(now, then, 1000 * now, HIGH, guidance_scale, "euler")
-            for now, then in itertools.pairwise(times)
-        )
-    )
 
 
 def experts_in_turn(schedule):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.schedules import euler
 from tests.helpers.tiny_folder import tiny_program
 from tests.helpers.variants import VARIANTS, compiled
 from tests.runtime.test_cuda_graph import FakeBackend
@@ -20,7 +20,6 @@ from turbo_opt.compiler.manager import PassManager, Verification
 from turbo_opt.compiler.pipeline import parse_pipeline
 from turbo_opt.compiler.validation import validate_pipeline
 from turbo_opt.ir.rcm import rcm_schedule
-from turbo_opt.ir.schedule import Schedule, Step
 from turbo_opt.runtime.loop_graph import MOST_EVALUATIONS, StepCall, why_not
 from turbo_opt.runtime.module import CompiledTransformer
 from turbo_opt.runtime.sampler import initial_latents, sample
@@ -77,16 +76,6 @@ class Recorded:
 @functools.cache
 def plain():
     return networks()
-
-
-def euler(steps, guidance_scale=None):
-    times = [1 - i / steps for i in range(steps + 1)]
-    return Schedule(
-        tuple(
-            Step(now, then, 1000 * now, HIGH, guidance_scale, "euler")
-            for now, then in itertools.pairwise(times)
-        )
-    )
 
 
 def schedule_of(rule, guided, experts):
