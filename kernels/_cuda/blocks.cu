@@ -4,14 +4,15 @@
 //     x' = x + branch · gate
 //     y = (x' − mean) · rstd · (OFFSET + gain) + bias
 //
-// A thread has all of its program's rows, so gain and bias are read once. y is computed twice: for the largest magnitudes, which the programs tell each other, and for the result. While that
-// is stored, the rows of the cluster's next block are copied to where they were.
+// A thread has all of its program's rows, so gain and bias are read once. y is computed twice: for the
+// largest magnitudes, which the programs tell each other, and for the result. While that is stored, the
+// rows of the cluster's next block are copied to where they were.
 //
 // CHANNELS is a multiple of 256 up to 6144. BRANCH, GATE, GAIN and BIAS say which of them there are;
 // without GAIN, OFFSET + gain is 1. PER_TOKEN: these parameters are not the same for all rows. BATCHED:
 // there are several batch entries. PROGRAMS share a multiprocessor at least; STEP rows of the branch
-// are loaded at once, UNROLL rows normalized. PREFETCH: while a block is in work, memory brings the next
-// to L2. SHARED_BYTES is what the host takes `Shared` to be.
+// are loaded at once, UNROLL rows normalized. PREFETCH: while a block is in work, memory brings x of the
+// next to L2. SHARED_BYTES is what the host takes `Shared` to be.
 //
 // In the last block, rows behind the last change no maximum and are not stored.
 
@@ -135,17 +136,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         prefetch_rows(first + 128 * clusters, rows, [&](int row) {
             return row_at(x - channel, row, length, x_batch, x_row);
         });
-        if (BRANCH)
-            prefetch_rows(first + 128 * clusters, rows, [&](int row) {
-                return row_at(branch - channel, row, length, branch_batch, branch_row);
-            });
 #endif
         __syncwarp();
         sum_channels(shared.rows, 0, shared.sums);
         sum_channels(shared.rows, 8, shared.sums);
         __syncthreads();
-        measure(shared.sums, shared.norms, eps, here,
-                [&](int row) { return (const u16 *)shared.rows[row]; });
+        measure(shared.rows, shared.sums, shared.norms, eps, here);
         __syncthreads();
 
         float largest = 0.0f;

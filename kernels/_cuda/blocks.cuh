@@ -80,9 +80,8 @@ DEVICE float sum_apart(const u16 *row, float mean) {
 
 // 1 / √(variance + eps) of each held row, and −mean times that: a row in 8 lanes. Where most of the
 // squares' sum is the mean's, what is left has lost digits: the warp sums them again, about the mean.
-// `row_at` says where a row lies. Rows from `here` on do not exist: their NaN changes no maximum.
-template <typename RowAt>
-DEVICE void measure(const Sums &sums, float2 (&norms)[HELD], float eps, int here, RowAt row_at) {
+// Rows from `here` on do not exist: their NaN changes no maximum.
+DEVICE void measure(const Rows &rows, const Sums &sums, float2 (&norms)[HELD], float eps, int here) {
     const int lane = threadIdx.x % 32;
     for (int row = threadIdx.x / 8; row < HELD; row += THREADS / 8) {
         float mean = 0.0f, square = 0.0f;
@@ -100,7 +99,7 @@ DEVICE void measure(const Sums &sums, float2 (&norms)[HELD], float eps, int here
         for (u32 left = __ballot_sync(0xffffffffu, lost) & 0x01010101u; left; left &= left - 1) {
             const int other = __ffs(left) - 1, apart = (other - lane / 8 * 8) / 8;
             const float about = __shfl_sync(0xffffffffu, mean, other);
-            const float again = sum_apart(row_at(row + apart), about) * (1.0f / CHANNELS);
+            const float again = sum_apart((const u16 *)rows[row + apart], about) * (1.0f / CHANNELS);
             if (apart == 0) variance = again;
         }
         const float rstd = row < here ? rsqrtf(variance + eps) : __uint_as_float(0x7FC00000u);
