@@ -78,12 +78,13 @@ DEVICE float sum_apart(const u16 *row, float mean) {
     return warp_sum(sum);
 }
 
-// 1 / √(variance + eps) of each held row, and −mean times that: a row in 8 lanes. Where most of the
+// 1 / √(variance + eps) of PART held rows, and −mean times that: a row in 8 lanes. Where most of the
 // squares' sum is the mean's, what is left has lost digits: the warp sums them again, about the mean.
 // Rows from `here` on do not exist: their NaN changes no maximum.
-DEVICE void measure(const Rows &rows, const Sums &sums, float2 (&norms)[HELD], float eps, int here) {
+DEVICE void measure(const Rows &rows, const Sums &sums, float2 (&norms)[HELD], float eps, int from,
+                    int here) {
     const int lane = threadIdx.x % 32;
-    for (int row = threadIdx.x / 8; row < HELD; row += THREADS / 8) {
+    for (int row = from + threadIdx.x / 8; row < from + PART; row += THREADS / 8) {
         float mean = 0.0f, square = 0.0f;
 #pragma unroll
         for (int w = lane % 8; w < WARPS; w += 8)
@@ -141,14 +142,7 @@ DEVICE const T *row_at(const T *tensor, int row, int length, long long batch_str
     return row_at(tensor, from, row, length, batch_stride, row_stride);
 }
 
-// Has a row of CHANNELS brought to L2.
-DEVICE void prefetch_row(const u16 *row) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row), "r"(2 * CHANNELS)
-                 : "memory");
-}
-
-// The program's rows from `first` on, as far as there are any: a warp asks for one after the other.
-template <typename RowAt> DEVICE void prefetch_rows(int first, int rows, RowAt row_at) {
-    for (int row = first + threadIdx.x / 32; row < min(first + HELD, rows); row += THREADS / 32)
-        if (threadIdx.x % 32 == 0) prefetch_row(row_at(row));
+DEVICE void wait_cycles(int cycles) {
+    for (const long long start = clock64(); clock64() - start < cycles;) {
+    }
 }

@@ -30,23 +30,23 @@ from .rows import (
 _CLUSTER = 8  # programs that take a block; what every device with clusters can run
 _HELD = BLOCK // _CLUSTER  # rows of a program
 _SHARED, _RESERVED = 228 * 1024, 1024  # bytes of a multiprocessor; of them, lost with each program
-_REGISTERS = 64 * 1024  # of a multiprocessor
+_REGISTERS, _LEAST_REGISTERS = 64 * 1024, 80  # of a multiprocessor; that a thread lives on
 _MOST_PROGRAMS = 4  # of a multiprocessor
 _TILE = {"THREADS": 512, "PROGRAMS": 2}  # of tiles.cu
-_HEADERS = "common.cuh+hopper.cuh+cluster.cuh+parameters.cuh+int8.cuh+blocks.cuh"
+_HEADERS = "common.cuh+hopper.cuh+cluster.cuh+parameters.cuh+int8.cuh+halves.cuh+blocks.cuh"
 
 
 class Shape(NamedTuple):
     """How blocks.cu shares out a block. The fields are its macros.
 
-    programs of a multiprocessor, rows of a branch loaded at once, rows of a thread normalized at
-    once, whether the next block is brought to L2
+    programs of a multiprocessor; rows normalized while others arrive; rows whose result is kept in
+    registers; cycles from the start of the first cluster to that of the last
     """
 
     programs: int
-    step: int
-    unroll: int
-    prefetch: int = 0
+    part: int
+    keep: int
+    stagger: int
 
 
 def quantize_norm(
@@ -157,11 +157,13 @@ def _shape(channels: int, branch: bool) -> Shape:
     programs = min(
         _MOST_PROGRAMS,
         _SHARED // (_shared_bytes(channels) + _RESERVED),
-        _REGISTERS // ((96 if branch else 80) * _threads(channels)),
+        _REGISTERS // (_LEAST_REGISTERS * _threads(channels)),
     )
-    if branch or programs > 1:
-        return Shape(max(programs, 1), 16, 4)
-    return Shape(1, 16, 8, prefetch=1)  # no other program has the memory work meanwhile
+    if programs > 1:
+        return Shape(programs, part=_HELD, keep=0 if branch else 4, stagger=4800)
+    if branch:
+        return Shape(1, part=_HELD, keep=0, stagger=22500)
+    return Shape(1, part=8, keep=4, stagger=4800)
 
 
 def _threads(channels: int) -> int:

@@ -101,14 +101,23 @@ def assert_opcheck(name: str, *args: Any) -> None:
 
 
 def assert_quantized_alike(
-    expected: tuple[torch.Tensor, torch.Tensor], actual: tuple[torch.Tensor, torch.Tensor]
+    expected: tuple[torch.Tensor, torch.Tensor],
+    actual: tuple[torch.Tensor, torch.Tensor],
+    *,
+    halves: bool = False,
 ) -> None:
-    """Scales agree to float32 rounding; values too, but for ties that fall to the other side."""
-    torch.testing.assert_close(actual[1], expected[1], rtol=2e-5, atol=0)
+    """Scales agree to float32 rounding; values too, but for ties that fall to the other side.
+
+    Args:
+        halves: int8 values were 16-bit floats before: three roundings to 11 digits, of terms that
+            may cancel, are 3·2⁻¹² and more of the scale and up to 0.1 of a step of a value.
+    """
+    torch.testing.assert_close(actual[1], expected[1], rtol=2.0**-8 if halves else 2e-5, atol=0)
     difference = (actual[0].float() - expected[0].float()).abs()
     if expected[0].dtype is torch.int8:
         assert difference.max() <= 1
-        assert (difference > 0).float().mean() < 1e-3
+        other = (difference > 0).sum().item()
+        assert other < (max(1e-2 * difference.numel(), 8) if halves else 1e-3 * difference.numel())
         return
     # A neighbouring e4m3 value is at most 1/8 away, or one subnormal step of 2⁻⁹. Triton's
     # interpreter truncates instead of rounding, and drops a carry into the exponent, which halves
