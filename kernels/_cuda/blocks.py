@@ -159,11 +159,9 @@ def _shape(channels: int, branch: bool) -> Shape:
         _SHARED // (_shared_bytes(channels) + _RESERVED),
         _REGISTERS // (_LEAST_REGISTERS * _threads(channels)),
     )
-    if programs > 1:
-        return Shape(programs, part=_HELD, keep=0 if branch else 4, stagger=4800)
     if branch:
-        return Shape(1, part=_HELD, keep=0, stagger=22500)
-    return Shape(1, part=8, keep=4, stagger=4800)
+        return Shape(programs, part=_HELD, keep=0, stagger=0 if programs > 1 else 22500)
+    return Shape(programs, part=_HELD if programs > 1 else 8, keep=4, stagger=4800)
 
 
 def _threads(channels: int) -> int:

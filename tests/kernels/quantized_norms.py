@@ -16,6 +16,7 @@ from tests.kernels.kernel_checks import (
     TRITON_CHOICES,
     assert_opcheck,
     assert_quantized_alike,
+    in_halves,
     modulation,
     run_by,
     skip_unless_served,
@@ -33,7 +34,6 @@ from turbo_opt.kernels import (
 
 EPS = 1e-6
 PROVIDERS = ["reference", "triton"]
-INT8 = "int8-block"
 
 # The models' own, and what is next to whole blocks of 128 rows, within and across batch entries.
 GPU_SHAPES = [
@@ -75,11 +75,6 @@ def layer_norm_parameters(kind, x):
     """Weight and bias, as far as there are any."""
     weight, bias = torch.randn(2, x.shape[-1], device=x.device)
     return {"none": (None, None), "weight": (weight, None), "both": (weight, bias)}[kind]
-
-
-def in_halves(provider, scheme):
-    """Does a result become 16-bit floats before it is quantized?"""
-    return provider == "cuda" and scheme == INT8
 
 
 ADALN = Norm("adaln", test_adaln.definition, adaln_parameters, "shared")
@@ -197,8 +192,8 @@ class QuantizedNormTests:
         exact = self.norm.definition(x.double(), *parameters, EPS)
         sqnr = {}
         for provider in ("reference", "cuda"):
-            q, scale = run_by(provider, self.name, x, *parameters, EPS, INT8)
-            sqnr[provider] = sqnr_db(exact, dequantize_activation(q, scale, INT8))
+            q, scale = run_by(provider, self.name, x, *parameters, EPS, "int8-block")
+            sqnr[provider] = sqnr_db(exact, dequantize_activation(q, scale, "int8-block"))
         assert sqnr["cuda"] > sqnr["reference"] - 0.1
 
 

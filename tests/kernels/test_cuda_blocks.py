@@ -113,7 +113,7 @@ def test_programs_of_every_width_fit_on_a_multiprocessor(channels, branch):
 
 
 def test_shapes_are_those_measured_on_an_h200():
-    assert blocks._shape(1536, True) == (4, 16, 0, 4800)
+    assert blocks._shape(1536, True) == (4, 16, 0, 0)
     assert blocks._shape(5120, True) == (1, 16, 0, 22500)
     assert blocks._shape(1536, False) == (4, 16, 4, 4800)
     assert blocks._shape(5120, False) == (1, 8, 4, 4800)
