@@ -9,7 +9,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from turbo_opt.config import yaml_reader
 from turbo_opt.config.document import Location
+from turbo_opt.config.lookup import list_recipes
 from turbo_opt.config.yaml_reader import MAX_BYTES, read_yaml, read_yaml_file
 from turbo_opt.errors import BadInput
 
@@ -122,3 +124,25 @@ def test_plain_data_round_trips(data):
 def test_any_text_is_either_read_or_bad_input(text):
     with contextlib.suppress(BadInput):
         read(text)
+
+
+def read_by_python_alone(text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml_reader, "_FAST", yaml_reader._CLEAR)
+        return read(text)
+
+
+def test_libyaml_reads_every_shipped_recipe_as_python_does():
+    """Values and places; without libyaml, this compares Python's loader with itself."""
+    recipes = list_recipes()
+    assert len(recipes) > 50
+    for recipe in recipes:
+        text = recipe.path.read_text(encoding="utf-8")
+        assert read(text) == read_by_python_alone(text), recipe.name
+
+
+@given(plain)
+def test_libyaml_reads_plain_data_as_python_does(data):
+    for flow in (True, False):
+        text = yaml.dump(data, Dumper=Quoted, default_flow_style=flow, allow_unicode=True)
+        assert read(text) == read_by_python_alone(text)

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
@@ -25,30 +25,31 @@ _TAG = "tag:yaml.org,2002:"
 _INTEGER = re.compile(r"[-+]?[0-9]{1,4000}|0o[0-7]{1,4000}|0x[0-9a-fA-F]{1,4000}")
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Composes nodes with the scalars of YAML 1.2; constructs nothing."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str | None, list[Any]]] = {}
-
-
 _NUMBER_START = list("-+.0123456789")
-_Loader.add_implicit_resolver(
-    _TAG + "bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    _TAG + "null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]
-)
-_Loader.add_implicit_resolver(
-    _TAG + "int", re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), _NUMBER_START
-)
-_Loader.add_implicit_resolver(
-    _TAG + "float",
-    re.compile(
+_SCALARS = {
+    "bool": (r"(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    "null": (r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    "int": (r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", _NUMBER_START),
+    "float": (
         r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        _NUMBER_START,
     ),
-    _NUMBER_START,
-)
+}
+"""The core schema: by tag a pattern, and what such a scalar begins with."""
+
+
+def _composing(base: Any) -> Any:
+    """A loader that composes nodes with the scalars of YAML 1.2, and constructs nothing."""
+    loader: Any = type("Loader", (base,), {"yaml_implicit_resolvers": {}})
+    for tag, (pattern, first) in _SCALARS.items():
+        loader.add_implicit_resolver(_TAG + tag, re.compile(pattern), first)
+    return loader
+
+
+_FAST = _composing(getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+_CLEAR = _composing(yaml.SafeLoader)
+"""libyaml takes a tenth of the time; what is no YAML is named by Python's loader in either case."""
 
 
 def read_yaml_file(path: Path, shown: str) -> Document:
@@ -86,13 +87,10 @@ def read_yaml(text: str, locate: Callable[[int, int], Location]) -> Document:
         return BadInput(f"{locate(mark.line + 1, mark.column + 1)}: {message}")
 
     try:
-        depth = 0
-        for event in yaml.parse(text, Loader=_Loader):
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH:
-                raise complain(event.start_mark, f"nested more than {MAX_DEPTH} deep")
-        root = yaml.compose(text, Loader=_Loader)
+        try:
+            root = _composed(text, _FAST, complain)
+        except yaml.YAMLError:
+            root = _composed(text, _CLEAR, complain)
     except yaml.reader.ReaderError as error:
         raise BadInput(f"{locate(1, 1)}: not YAML: {error.reason}") from None
     except yaml.MarkedYAMLError as error:
@@ -101,6 +99,17 @@ def read_yaml(text: str, locate: Callable[[int, int], Location]) -> Document:
     if root is None:
         return Document(None, {(): Mark(locate(1, 1), locate(1, 1))})
     return _Builder(locate, complain).build(root)
+
+
+def _composed(text: str, loader: Any, complain: Callable[[Any, str], BadInput]) -> Any:
+    """The root node, or None. What is nested too deep is not composed, as that recurses."""
+    depth = 0
+    for event in yaml.parse(text, Loader=loader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise complain(event.start_mark, f"nested more than {MAX_DEPTH} deep")
+    return yaml.compose(text, Loader=loader)
 
 
 class _Builder:
