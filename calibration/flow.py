@@ -110,8 +110,12 @@ class Sampled:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Products in `dtype`; float32 changes nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16)
+    """Products in `dtype`; float32 changes nothing.
+
+    What is cast is not kept: until the end it would be the whole network, however it is sharded.
+    """
+    enabled = dtype is torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 from turbo_opt.calibration.jobs.schema import Job
 from turbo_opt.errors import BadInput
+from turbo_opt.kernels.whole_file import write_whole
 
 JOB, MODEL, SAMPLES, REPORT = "job.json", "model", "samples", "report.json"
 Report = dict[str, Any]
@@ -19,7 +20,7 @@ Progress = Callable[[str, int, int, str], None]
 
 
 def begin_job(out: Path, job: Job, resume: bool) -> None:
-    """Make the folder and write the job into it; one of another job is not touched.
+    """Make the folder and write a new job into it; one that is there is not touched.
 
     Raises:
         BadInput: something else is there, or a job that is not to be resumed.
@@ -34,4 +35,11 @@ def begin_job(out: Path, job: Job, resume: bool) -> None:
             f"{out}: holds a job already; --resume continues it, or choose another --out"
         )
     out.mkdir(parents=True, exist_ok=True)
-    (out / JOB).write_text(json.dumps(job.canonical(), indent=1) + "\n", encoding="utf-8")
+    if not ours:
+        write_job(out, job)
+
+
+def write_job(out: Path, job: Job) -> None:
+    """Write the job into its folder, in one step."""
+    content = json.dumps(job.canonical(), indent=1) + "\n"
+    write_whole(out / JOB, content)

@@ -95,8 +95,8 @@ def make_samples(
     components = load_components(folder)
     texts = ["", making.negative_prompt, *(captions[i] for i in own)]
     encoded = encode_prompts(components, texts, making.text_length, world.device)
-    # Without their padding, thousands fit into memory.
-    empty, negative, *embeds = (used_positions(each) for each in encoded)
+    # Without their padding, thousands fit into memory; a view would keep it.
+    empty, negative, *embeds = (used_positions(each).clone() for each in encoded)
     del components
     if world.is_main:
         write_sample(out / EMPTY_PROMPT, None, empty)

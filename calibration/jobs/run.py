@@ -19,7 +19,15 @@ from turbo_opt.calibration.export import export_model
 from turbo_opt.calibration.fits import check_fits, check_shares
 from turbo_opt.calibration.jobs.load import AnyJob
 from turbo_opt.calibration.networks import DenoiserFolder, check_same_architecture, open_denoiser
-from turbo_opt.calibration.places import MODEL, REPORT, SAMPLES, Progress, Report, begin_job
+from turbo_opt.calibration.places import (
+    MODEL,
+    REPORT,
+    SAMPLES,
+    Progress,
+    Report,
+    begin_job,
+    write_job,
+)
 from turbo_opt.calibration.training.logs import check_tensorboard
 from turbo_opt.calibration.training.loop import Trainer, micro_batch
 from turbo_opt.calibration.training.objective import Objective
@@ -125,6 +133,8 @@ def train(
     adjust(trainer)
     if resume:
         trainer.resume()
+        if world.is_main:
+            write_job(out, job)
     first = trainer.step
     before, after = trainer.run(lambda done, total, note: progress("train", done, total, note))
     with trainer.shipped.averaged(job.export.average):

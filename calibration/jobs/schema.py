@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 Share = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -90,7 +91,7 @@ class Training(Section):
     warm_up: float = Field(
         0.03, ge=0, lt=1, description="Share of the steps in which the rate rises."
     )
-    betas: tuple[Share, Share] = Field(
+    betas: tuple[Decay, Decay] = Field(
         (0.9, 0.98), strict=False, description="Decay of AdamW's two averages."
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay of matrices.")

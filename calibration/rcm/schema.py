@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from turbo_opt.calibration.jobs.schema import (
     Data,
+    Decay,
     Job,
     Samples,
     Section,
@@ -17,8 +18,6 @@ from turbo_opt.calibration.jobs.schema import (
     Training,
 )
 from turbo_opt.ir.rcm import MOST_STEPS, SIGMA_MAX
-
-Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Forward(Section):

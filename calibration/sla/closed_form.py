@@ -131,6 +131,8 @@ def solve_projections(
 
     def record(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         o = target(attn, q, k, v)
+        if number >= len(positions):
+            return o
         linear = linear_branch(q, k, v, sparsity.feature_map)
         sums[id(attn)].add(linear, o.float() - sparse_branch(q, k, v, sparsity).float(), o)
         return o
@@ -138,9 +140,9 @@ def solve_projections(
     set_attention(teacher.network, record)
     rounds = -(-len(positions) // world.size)
     for index in range(rounds):
-        # With FSDP all processes run alike; one too many sees a clip a second time.
-        position = positions[(index * world.size + world.rank) % len(positions)]
-        batch = batches.at([position])
+        # With FSDP all processes run alike; one too many sees a clip again, which does not count.
+        number = index * world.size + world.rank
+        batch = batches.at([positions[number % len(positions)]])
         for step in range(noise_levels):
             u = torch.full((1,), (step + 0.5) / noise_levels, device=world.device)
             t = levels.at(u)

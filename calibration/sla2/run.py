@@ -67,7 +67,7 @@ def _routers(parts: Parts[RouterJob], world: World) -> Routers:
     if world.size > 1:
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(routers, mesh=world.mesh)
+        fully_shard(routers, mesh=world.mesh, reshard_after_forward=True)
     return routers
 
 

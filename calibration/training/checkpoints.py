@@ -116,6 +116,9 @@ class Checkpoints:
             BadInput: it is not whole, damaged, or of another model.
         """
         read_tensors(path, tensors, alone=self._group is None)
+        if self._world.is_main:  # saves that were stopped; nothing goes on with them
+            for partial in self.folder.glob(".step-*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _complete(self, pending: _Pending) -> None:
         self._pending = None
@@ -134,7 +137,9 @@ class Checkpoints:
         os.rename(partial, final)
         write_synced(self.folder / f".{LATEST}", f"{final.name}\n".encode())
         os.replace(self.folder / f".{LATEST}", self.folder / LATEST)
-        for old in sorted(self.folder.glob("step-*"), key=_step)[: -self._settings.keep]:
+        # Of those up to this one: a run that was resumed from an earlier step may have left later.
+        until = [old for old in self.folder.glob("step-*") if _step(old) <= step]
+        for old in sorted(until, key=_step)[: -self._settings.keep]:
             shutil.rmtree(old)
 
 

@@ -78,22 +78,22 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         with file.open("rb") as handle:
             metadata = _MetadataUnpickler(handle).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"a {type(metadata).__name__}")
+        outside = [
+            info.relative_path
+            for info in (metadata.storage_data or {}).values()
+            if Path(info.relative_path).name != info.relative_path
+        ]
+        others = [
+            name
+            for name, entry in metadata.state_dict_metadata.items()
+            if not isinstance(entry, TensorStorageMetadata)
+        ]
+    except Exception as error:  # damage shows as almost any
         raise BadInput(f"{file}: not the metadata of a DCP checkpoint ({error})") from None
-    if not isinstance(metadata, Metadata):
-        raise BadInput(f"{file}: not the metadata of a DCP checkpoint")
-    outside = [
-        info.relative_path
-        for info in (metadata.storage_data or {}).values()
-        if Path(info.relative_path).name != info.relative_path
-    ]
     if outside:
         raise BadInput(f"{file}: points outside its folder ({outside[0]})")
-    others = [
-        name
-        for name, entry in metadata.state_dict_metadata.items()
-        if not isinstance(entry, TensorStorageMetadata)
-    ]
     if others:
         raise BadInput(
             f"{folder}: holds pickled objects ({', '.join(sorted(others)[:3])}); only tensors are "

@@ -64,7 +64,8 @@ class Trainer:
     ) -> None:
         self.job, self.out, self.objective, self.world = job, out, objective, world
         self.trainees = {
-            name: Trainee(network, job.training) for name, network in objective.trained.items()
+            name: Trainee(network, job.training, averaged=name == objective.shipped)
+            for name, network in objective.trained.items()
         }
         self.checkpoints = Checkpoints(out / CHECKPOINTS, job.save, world)
         self.step = 0
@@ -142,6 +143,11 @@ class Trainer:
                     values["peak_gib"] = peak / 2**30
                 scores = self._after_step(log, values, last=used == 1)
             self.checkpoints.finish()
+        except BaseException:
+            # A save that ended since the last step is the last checkpoint.
+            with contextlib.suppress(Exception):
+                self.checkpoints.poll()
+            raise
         finally:
             if log is not None:
                 log.close()

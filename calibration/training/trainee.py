@@ -25,13 +25,13 @@ class Trainee:
         rate_scale: what the loop's learning rate is multiplied by.
     """
 
-    def __init__(self, network: nn.Module, settings: Training) -> None:
+    def __init__(self, network: nn.Module, settings: Training, *, averaged: bool = True) -> None:
         self.network = network
         self._settings = settings
         self.rate_scale = 1.0
         self.parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self.average: dict[str, Tensor] | None = None
-        if settings.average is not None:
+        if averaged and settings.average is not None:
             self.average = {n: p.detach().clone() for n, p in self.parameters.items()}
         matrices = [p for p in self.parameters.values() if p.ndim >= 2]
         vectors = [p for p in self.parameters.values() if p.ndim < 2]

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -71,12 +72,16 @@ class World:
 
 
 @contextlib.contextmanager
-def start_world(device: str, context_size: int = 1) -> Iterator[World]:
+def start_world(
+    device: str, context_size: int = 1, patience: timedelta | None = None
+) -> Iterator[World]:
     """Join the processes that torchrun started, or work alone.
 
     Args:
         device: `cpu` or `cuda`; with several processes each takes the GPU of its local rank.
         context_size: processes that share a clip.
+        patience: for how long one that is ahead waits for the others; None: torch's, 10 minutes
+            and more.
 
     Raises:
         BadInput: the number of processes is no multiple of `context_size`.
@@ -96,7 +101,8 @@ def start_world(device: str, context_size: int = 1) -> Iterator[World]:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(chosen)
     # gloo beside NCCL: checkpoints are written from the CPU while the GPUs go on.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=patience)
     try:
         mesh = dist.init_device_mesh(device, (size,))
         group = None

@@ -22,8 +22,8 @@ from tests.helpers.tiny_folder import (
 from turbo_opt.artifact.load import LoadedArtifact
 from turbo_opt.artifact.save import save
 from turbo_opt.capture import capture
-from turbo_opt.errors import BadInput
-from turbo_opt.runtime.generate import clip_options
+from turbo_opt.errors import BadInput, TurboOptError
+from turbo_opt.runtime.generate import clip_options, decode
 from turbo_opt.runtime.limits import Granularity, LatentLimits, check_size
 
 PROMPT, NEGATIVE = "a red circle moves", "blue square"
@@ -60,6 +60,14 @@ def test_a_timestep_per_token_gives_the_frames_of_diffusers(tmp_path: Path) -> N
         generator=torch.Generator().manual_seed(7),
     ).frames[0]  # fmt: skip
     assert np.array_equal(frames, (expected * 255).round().astype(np.uint8))
+
+
+def test_latents_that_are_not_finite_are_no_black_clip(artifact: LoadedArtifact) -> None:
+    latents = torch.zeros(1, artifact.config["in_channels"], 2, 4, 6)
+    assert decode(artifact.as_pipeline(), latents).ndim == 4
+    latents[0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(TurboOptError, match="values that are not finite"):
+        decode(artifact.as_pipeline(), latents)
 
 
 def test_another_seed_or_size_gives_another_clip(artifact: LoadedArtifact) -> None:

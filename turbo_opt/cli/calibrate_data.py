@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,7 +90,8 @@ def data(
 
     lines = _captions(chosen, captions, count, seed)
     session.when_stopped = "; the same command goes on from here"
-    with start_world(resolve_device(device)) as world:
+    # Clips are drawn one after the other, so processes end as far apart as one batch takes.
+    with start_world(resolve_device(device), patience=timedelta(days=7)) as world:
         session.quiet |= not world.is_main
         with Board(session) as board:
             task = board.task(f"draw {len(lines)} clips")

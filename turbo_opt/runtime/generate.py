@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from turbo_opt.errors import BadInput
+from turbo_opt.errors import BadInput, TurboOptError
 from turbo_opt.runtime.components import components_folder, load_components
 from turbo_opt.runtime.limits import Granularity, check_size
 from turbo_opt.runtime.sampler import initial_latents, sample
@@ -140,7 +140,11 @@ def encode_text(
 
 @torch.no_grad()
 def decode(pipeline: Any, latents: Tensor) -> np.ndarray:
-    """Frames (F, H, W, 3) uint8 of the first clip in `latents`, by the pipeline's VAE."""
+    """Frames (F, H, W, 3) uint8 of the first clip in `latents`, by the pipeline's VAE.
+
+    Raises:
+        TurboOptError: a value of the clip is not finite.
+    """
     vae = pipeline.vae
     latents = latents.to(vae.device, vae.dtype)
     mean, std = (
@@ -148,6 +152,11 @@ def decode(pipeline: Any, latents: Tensor) -> np.ndarray:
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     video = vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0]
+    if not video.isfinite().all():
+        raise TurboOptError(
+            "the decoded clip has values that are not finite: the latents had such, or the VAE "
+            f"overflows in {vae.dtype}"
+        )
     frames = pipeline.video_processor.postprocess_video(video, output_type="np")[0]
     return (frames * 255).round().astype(np.uint8)  # type: ignore[no-any-return]
 

@@ -43,6 +43,7 @@ def test_overrides_come_after_the_file(tmp_path: Path) -> None:
         (("job: sla\n", ""), r"job: required key is missing"),
         (("folder: samples, ", ""), r"data.folder: required key is missing"),
         (("block_q: 64", "block_q: 32"), r"sla.block_q: 32 is not allowed.* 64 or 128"),
+        (("rate: 3.0e-4", "betas: [0.9, 1.0]"), r"training.betas\[1\]: must be less than 1"),
         (("schema_version: 1\n", ""), r"schema_version is missing: add 'schema_version: 1'"),
         (("schema_version: 1", "schema_version: 2"), r"2 is not a format that this turbo_opt"),
         (("save:", "noise: {low: 0.5, high: 0.5}\nsave:"), r"noise: low 0.5 must be below high"),

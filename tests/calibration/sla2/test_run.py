@@ -260,3 +260,15 @@ def test_both_stages_on_a_gpu_use_its_kernels(place: Path, tmp_path: Path) -> No
     for name in ("block_sparse_attention", "block_sparse_attention_backward", "block_routing"):
         assert set(recorded_choices()[name]) == {"triton"}
     assert "reference" not in recorded_choices()["sage_sparse_attention"]
+
+
+def test_a_job_that_may_not_resume_another_leaves_its_file(place: Path, tmp_path: Path) -> None:
+    sla = load_job(place / "job.yaml", SLAJob, ["training.steps=3"])
+    train_sla(sla, tmp_path / "out", ALONE, progress=quiet)
+    said = (tmp_path / "out" / "job.json").read_text()
+    with pytest.raises(BadInput, match="another job"):
+        train_router(router_job(place), tmp_path / "out", ALONE, resume=True, progress=quiet)
+    assert (tmp_path / "out" / "job.json").read_text() == said
+    longer = load_job(place / "job.yaml", SLAJob, ["training.steps=4"])
+    train_sla(longer, tmp_path / "out", ALONE, resume=True, progress=quiet)
+    assert json.loads((tmp_path / "out" / "job.json").read_text())["training"]["steps"] == 4

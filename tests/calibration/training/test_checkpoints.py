@@ -56,6 +56,25 @@ def test_old_checkpoints_go_when_newer_are_whole(tmp_path) -> None:
     assert names(tmp_path) == ["latest", "step-000003", "step-1000000"]
 
 
+def test_a_run_that_goes_on_from_an_earlier_step_keeps_what_it_saves(tmp_path) -> None:
+    """A later folder, which `latest` never named, counts for nothing and goes for nothing."""
+    store = checkpoints(tmp_path, keep=1)
+    store.save(100, tensors(1.0), {})
+    (tmp_path / "step-000200").mkdir()
+    store.save(150, tensors(2.0), {})
+    assert store.latest() == tmp_path / "step-000150"
+    store.load(store.latest(), tensors(0.0))
+    assert names(tmp_path) == ["latest", "step-000150", "step-000200"]
+
+
+def test_what_a_stopped_save_left_goes_when_another_is_loaded(tmp_path) -> None:
+    store = checkpoints(tmp_path)
+    store.save(1, tensors(1.0), {})
+    (tmp_path / ".step-000002.partial").mkdir()
+    store.load(store.latest(), tensors(0.0))
+    assert names(tmp_path) == ["latest", "step-000001"]
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_save_that_dies_leaves_the_one_before(tmp_path, monkeypatch, asynchronous) -> None:
     store = checkpoints(tmp_path, asynchronous=asynchronous)
@@ -144,6 +163,20 @@ def test_metadata_that_is_none_is_refused(saved: Path, content: bytes) -> None:
     (saved / ".metadata").write_bytes(content)
     with pytest.raises(BadInput, match="not the metadata of a DCP checkpoint"):
         read_metadata(saved)
+
+
+def test_a_damaged_byte_of_the_metadata_is_never_an_error_of_ours(saved: Path) -> None:
+    content = (saved / ".metadata").read_bytes()
+    refused = 0
+    for at in range(0, len(content), 5):
+        changed = bytearray(content)
+        changed[at] ^= 0x41
+        (saved / ".metadata").write_bytes(changed)
+        try:
+            read_metadata(saved)
+        except BadInput:
+            refused += 1
+    assert refused > 20
 
 
 def test_pickled_objects_in_a_checkpoint_are_refused(tmp_path: Path) -> None:

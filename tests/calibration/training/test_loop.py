@@ -161,6 +161,30 @@ def test_what_is_not_finite_stops_and_keeps_the_last_checkpoint(
     assert all(value.isfinite().all() for value in everything(again).values())
 
 
+def test_a_save_that_ended_in_the_background_outlives_what_stops_the_training(
+    home, tmp_path, monkeypatch
+) -> None:
+    stopped = trainer(home, tmp_path, "training.steps=9", "save.asynchronous=true")
+    step = Trainer._train_step
+
+    def stop_at_four(self: Trainer, rate: float) -> dict[str, float]:
+        if self.step == 3:
+            self.checkpoints._pending.done.result()
+            raise KeyboardInterrupt
+        return step(self, rate)
+
+    monkeypatch.setattr(Trainer, "_train_step", stop_at_four)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    again = trainer(home, tmp_path, "training.steps=9")
+    assert again.resume() and again.step == 3
+
+
+def test_only_the_network_that_is_the_result_has_an_average(home, tmp_path) -> None:
+    both = trainer(home, tmp_path, "training.average=0.9").trainees
+    assert both["student"].average is not None and both["critic"].average is None
+
+
 def test_a_checkpoint_of_another_job_is_not_taken_over(home, tmp_path) -> None:
     trainer(home, tmp_path).run()
     with pytest.raises(BadInput, match=r"another job \(training.batch: 2 then, 3 now\)"):

@@ -13,10 +13,12 @@ import torch
 
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
-from turbo_opt.calibration.sla.run import train_sla
+from turbo_opt.calibration.sla.run import solve_sla, train_sla
 from turbo_opt.calibration.sla2.run import train_router
 from turbo_opt.calibration.sla2.schema import RouterJob
 from turbo_opt.calibration.training.world import start_world
+
+THREE = ["closed_form.clips=3"]  # one process has a clip more than the other
 
 
 def main(home: Path, out: Path) -> None:
@@ -29,6 +31,8 @@ def main(home: Path, out: Path) -> None:
         train_router(
             load_job(home / "router.yaml", RouterJob), out / "router", data, progress=quiet
         )
+        solved = load_job(home / "job.yaml", SLAJob, THREE)
+        solve_sla(solved, out / "solved", data, progress=quiet)
         led = load_job(home / "companion.yaml", SLAJob)
         train_sla(led, out / "companion", context, progress=quiet)
         routed = load_job(home / "routed.yaml", SLAJob)
