@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -108,6 +109,8 @@ def test_a_link_that_leads_outside_is_refused(copy: Path, tmp_path: Path) -> Non
         (lambda m: m.pop("schedule"), "schedule: Field required"),
         (lambda m: m["schedule"]["steps"][0].update(denoiser="ghost"), "no denoiser 'ghost'"),
         (lambda m: m["schedule"].update(steps=[]), r"schedule\.steps"),
+        (lambda m: m["schedule"]["steps"][0].update(timestep=math.nan), r"timestep: .*finite"),
+        (lambda m: m["schedule"].update(initial_noise_scale=math.inf), r"noise_scale: .*finite"),
         (lambda m: m["files"].pop(GRAPH), "has no entry in files"),
         (lambda m: _weight(m).update(dtype="object"), r"dtype: Input should be"),
         (lambda m: _weight(m).update(shape=[-1]), "greater than or equal to 0"),
@@ -131,6 +134,16 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(BadInput, match=MANIFEST):
         turbo_opt.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("foo", "device 'foo': no such device"), ("cuda", "torch sees no CUDA GPU here; use 'cpu'")],
+)
+def test_a_device_that_is_not_here_is_named(copy, monkeypatch, device, message) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInput, match=message):
+        turbo_opt.load(copy, device=device)
 
 
 def test_a_folder_without_a_manifest_is_no_artifact(tmp_path: Path) -> None:

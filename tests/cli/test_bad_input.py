@@ -181,6 +181,7 @@ def test_a_folder_that_may_not_be_written(refused, recipe, monkeypatch):
             "no such folder",
         ),
         (["generate", "ARTIFACT", "--prompt", "a", "--out", "a.mp4", "--fps", "0"], "range"),
+        (["generate", "ARTIFACT", "--prompt", "a", "--out", "a.mp4", "--fps", "nan"], "fps nan: m"),
         (["reproduce", "ARTIFACT"], "not a reproducer"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from turbo_opt.compiler.build import capture_recipe
 from turbo_opt.compiler.pipeline import PassSpec, validate_options
 from turbo_opt.config.loader import load_recipe
 from turbo_opt.config.lookup import list_recipes
@@ -212,6 +213,12 @@ def test_source_that_is_a_path_starts_at_the_file_that_says_so(project, tmp_path
     recipe = load_recipe(child, overrides=["model.source=./wan"])
     assert recipe.model_folder().resolve() == tmp_path / "wan"
     assert load_recipe("tiny-wan/cpu").model_folder() is None
+
+
+def test_a_path_that_starts_here_is_never_a_hub_id(project):
+    recipe = load_recipe(project("my.yaml", RECIPE), overrides=["model.source=./org/wan"])
+    with pytest.raises(BadInput, match=r"/org/wan: no such folder"):
+        capture_recipe(recipe)
 
 
 def test_source_of_two_words_is_a_folder_if_there_is_one_else_a_hub_id(project, tmp_path):

@@ -140,8 +140,10 @@ def load(
             `transformer.cuda_graph_status` and `transformer.loop_graph_status` say what is done.
 
     Raises:
-        BadInput: it is no artifact, is damaged, or was written by a newer turbo_opt.
+        BadInput: it is no artifact, is damaged, or was written by a newer turbo_opt; or the device
+            is none, or not here.
     """
+    _check_device(device)
     root = Path(path).expanduser()
     manifest = read_manifest(root)
     check_sizes(root, manifest)
@@ -154,6 +156,15 @@ def load(
     smallest = LatentLimits.smallest(limits)
     given = str(components) if components is not None else None
     return LoadedArtifact(root, manifest, transformers, smallest, given)
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise BadInput(f"device {str(device)!r}: no such device; use 'cpu' or 'cuda'") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BadInput(f"device {str(device)!r}: torch sees no CUDA GPU here; use 'cpu'")
 
 
 def load_denoiser(

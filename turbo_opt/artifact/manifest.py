@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     ValidationError,
     model_validator,
 )
@@ -110,11 +111,11 @@ class DenoiserRecord(_Record):
 class StepRecord(_Record):
     """One step of the sampling loop; see `turbo_opt.ir.schedule.Step`."""
 
-    time: float
-    next_time: float
-    timestep: float
+    time: FiniteFloat
+    next_time: FiniteFloat
+    timestep: FiniteFloat
     denoiser: PlainName
-    guidance_scale: float | None
+    guidance_scale: FiniteFloat | None
     rule: Literal["scheduler", "euler", "rcm-sde", "rcm-ode"]
 
 
@@ -123,7 +124,7 @@ class ScheduleRecord(_Record):
 
     steps: tuple[StepRecord, ...] = Field(min_length=1)
     scheduler: dict[str, Any]
-    initial_noise_scale: float
+    initial_noise_scale: FiniteFloat
     expand_timesteps: bool
 
     def build(self) -> Schedule:

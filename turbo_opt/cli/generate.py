@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def generate(
     **given: Any,
 ) -> None:
     """Generate a clip with a compiled model."""
+    if given["fps"] is not None and math.isnan(given["fps"]):
+        raise BadInput("--fps nan: must be above 0 and at most 1000")
     out = out.expanduser()
     _check_file(out)
     from turbo_opt.artifact.load import load

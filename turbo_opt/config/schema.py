@@ -256,7 +256,9 @@ class Recipe(_Section):
         if source == EMBEDDED_MODEL:
             return None
         written = self._as_path(source, "model.source")
-        return written or (Path(source) if Path(source).is_dir() else None)
+        if written is not None:
+            return written.absolute()  # else `./a/b` would read `a/b`, which is a hub id
+        return Path(source) if Path(source).is_dir() else None
 
     def checkpoints(self) -> dict[str, str]:
         """`weights` with every path made absolute; hub ids, and names of what lies inside the
