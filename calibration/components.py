@@ -17,7 +17,7 @@ from turbo_opt.calibration.jobs.schema import Samples
 from turbo_opt.calibration.networks import DenoiserFolder
 from turbo_opt.calibration.training.world import World
 from turbo_opt.capture.sampling import pipeline_schedule
-from turbo_opt.errors import BadInput
+from turbo_opt.errors import BadInput, TurboOptError
 from turbo_opt.ir.schedule import Schedule
 from turbo_opt.runtime.generate import decode
 from turbo_opt.runtime.sampler import initial_latents, sample
@@ -134,7 +134,11 @@ class Preview:
             if not self._world.is_main:
                 continue
             self._components.vae.to(self._world.device)
-            frames = decode(self._components, latents)
+            try:
+                frames = decode(self._components, latents)
+            except TurboOptError as error:  # the training is judged by its loss
+                warnings.warn(f"no clip {index} of step {step}: {error}", stacklevel=2)
+                continue
             self._out.mkdir(parents=True, exist_ok=True)
             clip = self._out / f"step-{step:06d}-{index}.mp4"
             write_video(frames, clip, self._settings.fps)

@@ -55,14 +55,14 @@ DEVICE float largest_half(const Chunk &chunk) {
 }
 
 // Takes a power of two out of factor and shift of 128 channels, so that factor · x + shift is below 2¹⁵
-// where |x| ≤ √CHANNELS, as of normalized rows; returns it.
+// where |x| ≤ √CHANNELS, as of normalized rows; returns it. 2⁴⁰ is enough for what counts, above 1e-8.
 DEVICE float shrink(float (&factor)[8], float (&shift)[8]) {
     float most = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; i++)
         most = fmaxf(most, fmaf(fabsf(factor[i]), sqrtf(CHANNELS), fabsf(shift[i])));
     const int exponent = __float_as_uint(largest_of_lanes(most)) >> 23;
-    const float down = __uint_as_float((u32)min(268 - exponent, 254) << 23);
+    const float down = __uint_as_float((u32)min(268 - exponent, 127 + 40) << 23);
 #pragma unroll
     for (int i = 0; i < 8; i++) factor[i] *= down, shift[i] *= down;
     return down;

@@ -180,6 +180,20 @@ class QuantizedNormTests:
         assert_quantized_alike(expected, run_by("cuda", self.name, x, *rest), halves=halves)
 
     @pytest.mark.gpu
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    @pytest.mark.parametrize("times", [0.0, 1e-30, 1e-12])
+    def test_a_gain_and_bias_next_to_zero_leave_a_scale(self, scheme, times, device):
+        x = torch.randn(1, 300, 1536, device=device, dtype=torch.bfloat16)
+        gain, bias = torch.randn(2, 1536, device=device) * times
+        if self.norm is ADALN:  # its gain is one more, and next to −1 a float32 has no more digits
+            gain = torch.full_like(gain, -1.0)
+            gain, bias = gain.expand(1, 1, -1), bias.expand(1, 1, -1)
+        rest = (gain, bias, EPS, scheme)
+        expected = run_by("reference", self.name, x, *rest)
+        halves = in_halves("cuda", scheme)
+        assert_quantized_alike(expected, run_by("cuda", self.name, x, *rest), halves=halves)
+
+    @pytest.mark.gpu
     @pytest.mark.parametrize("times", [1e-6, 1.0, 1e4])
     def test_sixteen_bits_before_int8_cost_less_than_a_tenth_of_a_decibel(
         self, times, kind, device

@@ -22,7 +22,7 @@ from turbo_opt.calibration.training.world import World
 from turbo_opt.checkpoints.reader import read_network
 from turbo_opt.checkpoints.student import declared_student
 from turbo_opt.cli.main import cli
-from turbo_opt.errors import BadInput
+from turbo_opt.errors import BadInput, TurboOptError
 from turbo_opt.ir.rcm import rcm_schedule
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -86,6 +86,21 @@ def test_the_student_says_that_it_is_one(distilled: Path) -> None:
     student = declared_student(read_network(distilled / "model" / "transformer"))
     assert student is not None
     assert (student.distillation, student.sigma_max) == ("rcm", 80.0)
+
+
+def test_a_clip_that_is_not_finite_is_left_out_and_said(place: Path, tmp_path: Path) -> None:
+    clips = "samples={every: 2, prompts: [a red circle], num_inference_steps: 2, fps: 8}"
+    job = job_of(place, clips, "training.steps=2", "rcm.reverse=null")
+
+    def broken(*told: object) -> None:
+        raise TurboOptError("values that are not finite")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("turbo_opt.calibration.components.decode", broken)
+        with pytest.warns(UserWarning, match="no clip 0 of step 2: values that are not finite"):
+            train_rcm(job, tmp_path / "out", ALONE, progress=quiet)
+    assert (tmp_path / "out" / "model").is_dir()
+    assert not (tmp_path / "out" / "samples").exists()
 
 
 def test_clips_are_drawn_in_the_students_steps(distilled: Path) -> None:
