@@ -14,20 +14,19 @@ _STUDENTS = {
 }
 """Weights of tiny-wan that the table has, in its order."""
 _GUIDE = (
-    ("clips", (1,), "2, by estimate",
+    ("clips", (1,),
      "4,096 of the teacher's, fifty guided steps each, 128 at once; stopped, the same command goes "
      "on"),
-    ("first `rcm`", (2,), "3",
+    ("first `rcm`", (2,),
      "four steps by consistency alone: every step is the student's"),
-    ("second `rcm`", (3,), "3",
+    ("second `rcm`", (3,),
      "from there by both terms: every fifth step is the student's, the others the fake score's"),
-    ("`sla`", (4,), "7",
+    ("`sla`", (4,),
      "the teacher and its companion, the student, take turns"),
-    ("`run`, `generate`", (5, 6), "under 1, by estimate",
+    ("`run`, `generate`", (5, 6),
      "100 evaluations of the network a clip become 4"),
 )  # fmt: skip
-"""What the training guide's commands do: their numbers, and their minutes until a run of the guide
-is recorded."""
+"""What the training guide's commands do, and their numbers."""
 _SCORED = ("teacher", "consistency", "rcm", "sla", "merged", "rcm-sla")
 
 
@@ -62,17 +61,14 @@ def _as_written_first(item: tuple[tuple[str, ...], Record]) -> tuple[str, ...]:
 
 def guide() -> str:
     """The commands of the training guide and what each took, as it was run."""
-    record = by_name("training_guide.json").get(f"{GPU}/tiny-wan/training_guide_minutes")
+    record = by_name("training_guide.json")[f"{GPU}/tiny-wan/training_guide_minutes"]
     lines = ["| | minutes on an H200 | |", "| --- | ---: | --- |"]
-    for title, numbers, until_recorded, what in _GUIDE:
-        minutes = until_recorded
-        if record is not None:
-            minutes = f"{sum(record.config['minutes'][number - 1] for number in numbers):.1f}"
-        lines.append(f"| {title} | {minutes} | {what} |")
-    if record is not None:
-        captions, right = record.config["captions"], 100 * record.quality["all_right"]
-        result = f"{right:.1f} % of {captions} held-out clips have all attributes right"
-        lines.append(f"| all | {record.value:.1f} | {result} |")
+    for title, numbers, what in _GUIDE:
+        minutes = sum(record.config["minutes"][number - 1] for number in numbers)
+        lines.append(f"| {title} | {minutes:.1f} | {what} |")
+    captions, right = record.config["captions"], 100 * record.quality["all_right"]
+    result = f"{right:.1f} % of {captions} held-out clips have all attributes right"
+    lines.append(f"| all | {record.value:.1f} | {result} |")
     return "\n".join(lines)
 
 
