@@ -2,12 +2,13 @@
 
     python -m benchmarks.training --gpus 1 2 4 --work DIR --out results/
     python -m benchmarks.training --compile --work DIR --out results/
+    python -m benchmarks.training --apart --gpus 2 8 --work DIR --out results/
     python -m benchmarks.training --tiny --gpus 1 2 --work DIR --out DIR    # CPU, a few seconds
 
 A synthetic teacher (random weights) and synthetic clips of its size are written to `--work`. Each
 job is then started as a user starts it, `torchrun -m turbo_opt calibrate …`, and stopped when it
 has logged enough steps. With N GPUs, weights are sharded over all (FSDP2) and min(N, 4) of them
-share the tokens of a clip; each such group has a clip of its own.
+share the tokens of a clip; each such group has a clip of its own. With `--apart` each GPU has.
 
 The ceiling counts the floating-point operations that a step cannot do without (the teacher's
 forwards, the student's forward and backward, attention by the blocks that it keeps) at the rate of
@@ -84,11 +85,38 @@ def write_samples(folder: Path, case: Case) -> None:
     write_index(folder, index)
 
 
-def job(
-    name: str, gpus: int, work: Path, *, selective: bool = True, compile: bool = False
-) -> dict[str, Any]:
-    """A job file's content for that many GPUs."""
-    together = min(gpus, 4)
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """How a job runs.
+
+    Attributes:
+        gpus: how many.
+        compile: blocks through torch.compile.
+        apart: each GPU has clips of its own.
+    """
+
+    gpus: int
+    compile: bool = False
+    apart: bool = False
+
+    @property
+    def together(self) -> int:
+        """GPUs that share the tokens of a clip."""
+        return 1 if self.apart else min(self.gpus, 4)
+
+    @property
+    def clips(self) -> int:
+        """Of a step."""
+        return self.gpus // self.together
+
+    def label(self, name: str) -> str:
+        """A job's name with what is not as usual."""
+        how = ("compiled", self.compile), ("apart", self.apart)
+        return "-".join([name, *(word for word, said in how if said)])
+
+
+def job(name: str, setup: Setup, work: Path, *, selective: bool = True) -> dict[str, Any]:
+    """A job file's content."""
     said: dict[str, Any] = {
         "schema_version": 1,
         "job": name,
@@ -97,10 +125,10 @@ def job(
         "sla": {"topk": _TOPK, "block_q": 64, "block_k": 128},
         "training": {
             "steps": 1000,
-            "batch": gpus // together,
-            "context_parallel": together,
+            "batch": setup.clips,
+            "context_parallel": setup.together,
             "activations": "selective" if selective else "keep",
-            "compile": compile,
+            "compile": setup.compile,
         },
         "save": {"every": 1000},
         "log": {"every": 1},
@@ -155,25 +183,26 @@ def start(command: str, gpus: int, path: Path, out: Path, *more: str) -> subproc
 
 
 def steps_of(
-    name: str, gpus: int, work: Path, steps: int, longest: float, *, tiny: bool, compile: bool
+    name: str, setup: Setup, work: Path, steps: int, longest: float, *, tiny: bool
 ) -> list[dict[str, str]]:
     """Rows of the first `steps` steps of a job, which is stopped then.
 
     Raises:
         SystemExit: the job ended or took too long.
     """
-    path, out = work / f"{name}-{gpus}.yaml", work / f"{name}-{gpus}"
+    path, out = work / f"{name}-{setup.gpus}.yaml", work / f"{name}-{setup.gpus}"
     shutil.rmtree(out, ignore_errors=True)  # the log of an earlier run is not this one's
-    said = json.dumps(job(name, gpus, work, compile=compile))  # JSON is YAML
-    path.write_text(said, encoding="utf-8")
+    path.write_text(json.dumps(job(name, setup, work)), encoding="utf-8")  # JSON is YAML
     more = ("--device", "cpu") if tiny else ()
-    process = start(name, gpus, path, out, *more)
+    process = start(name, setup.gpus, path, out, *more)
     deadline = time.monotonic() + longest
     try:
         while len(rows := read_log(out / "log.csv")) < steps:
             if process.poll() is not None or time.monotonic() > deadline:
                 said = (work / f"{out.name}.txt").read_text(encoding="utf-8", errors="replace")
-                raise SystemExit(f"{name} on {gpus} GPUs logged {len(rows)} steps:\n{said[-3000:]}")
+                raise SystemExit(
+                    f"{name} on {setup.gpus} GPUs logged {len(rows)} steps:\n{said[-3000:]}"
+                )
             time.sleep(0.2)
         return rows
     finally:
@@ -187,12 +216,10 @@ def steps_of(
 def speed_record(
     case: Case,
     name: str,
-    gpus: int,
+    setup: Setup,
     rows: Sequence[dict[str, str]],
     rate: Ceiling,
     session: Session,
-    *,
-    compile: bool,
 ) -> Record:
     """Tokens per second; rCM's steps differ, so that a whole round of five is one sample.
 
@@ -200,7 +227,7 @@ def speed_record(
         rate: of a bf16 product on one GPU that nothing else uses, in TFLOP/s.
     """
     frames, height, width = case.latent
-    tokens = frames * height * width // 4 * max(1, gpus // 4)
+    tokens = frames * height * width // 4 * setup.clips
     skipped = 2  # they compile and tune
     seconds = step_seconds(rows)[skipped:]
     around = 5 if name == "rcm" else 1
@@ -209,22 +236,21 @@ def speed_record(
         for first in range(0, len(seconds) - around + 1, around)
     ]
     low, _, high = quantiles(rounds, n=4) if len(rounds) > 1 else (rounds[0],) * 3
-    bound = gpus * rate.value * 1e12 / operations(case, name)
+    bound = setup.gpus * rate.value * 1e12 / operations(case, name)
     value = median(rounds)
-    how = "-compiled" if compile else ""
     peaks = [float(row["peak_gib"]) for row in rows if row.get("peak_gib")]
     return Record(
-        name=f"{session.gpu}/{case.name}/calibrate-{name}{how}/{gpus}-gpus/tokens_per_s",
+        name=f"{session.gpu}/{case.name}/calibrate-{setup.label(name)}/{setup.gpus}-gpus/tokens_per_s",
         value=value,
         unit="tokens/s",
         spread=(high - low) / 2,
         runs=len(rounds),
-        ceiling=Ceiling(bound, "tokens/s", f"{gpus} × {rate.what}, {rate.value:.0f} TFLOP/s"),
+        ceiling=Ceiling(bound, "tokens/s", f"{setup.gpus} × {rate.what}, {rate.value:.0f} TFLOP/s"),
         share_of_ceiling=value / bound,
         config={
             "peak_gib": max(peaks, default=None),
             "seconds_per_step": tokens / value,
-            "job": job(name, gpus, Path("."), compile=compile)["training"],
+            "job": job(name, setup, Path("."))["training"],
             "topk": _TOPK,
         },
         environment=session.environment,
@@ -238,7 +264,7 @@ def resume_record(work: Path, most: int, fewest: int, session: Session, *, tiny:
     folder = work / "resume"
     case = Case("tiny-wan", {"text_dim": 128}, (5, 24, 24), 1)
     write_samples(folder / "clips", case)
-    said = job("sla", 1, folder)
+    said = job("sla", Setup(1), folder)
     said["teacher"] = {"source": "tiny-wan"}
     said["training"] |= {"batch": 8, "steps": _RESUMED_STEPS, "rate": 1e-4}
     said["training"]["compute_dtype"] = "float32"
@@ -287,6 +313,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=results.RESULTS)
     parser.add_argument("--compile", action="store_true", help="blocks through torch.compile")
+    parser.add_argument("--apart", action="store_true", help="clips of its own for each GPU")
     parser.add_argument("--resume", action="store_true", help="only the loss after resuming")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     options = parser.parse_args()
@@ -307,11 +334,9 @@ def main() -> None:
     rate = session.bf16_matmul  # before any job, whose processes may outlive it for a while
     for name in options.jobs:
         for gpus in options.gpus:
-            how = {"compile": options.compile}
-            rows = steps_of(
-                name, gpus, options.work, options.steps, _LONGEST, tiny=options.tiny, **how
-            )
-            keep(speed_record(case, name, gpus, rows, rate, session, **how))
+            setup = Setup(gpus, options.compile, options.apart)
+            rows = steps_of(name, setup, options.work, options.steps, _LONGEST, tiny=options.tiny)
+            keep(speed_record(case, name, setup, rows, rate, session))
     records = results.read(out)
     print(results.tabulate([record for record in records if math.isfinite(record.value)]))
 

@@ -42,12 +42,14 @@ def training() -> str:
         if record.name.endswith("/tokens_per_s")
     }
     for (model, job, gpus), record in sorted(found.items(), key=_as_written_first):
-        what, _, compiled = job.replace("-", " ", 1).partition("-")
+        what, _, how = job.replace("-", " ", 1).partition("-")
+        blocks, apart = ("compiled" if "compiled" in how else "as written"), "apart" in how
         share = record.share_of_ceiling
         spread = f" ± {record.spread:,.0f}" if record.runs > 1 else ", one reading"
         lines.append(
-            f"| {MODELS.get(model, model)} | `{what}` | {compiled or 'as written'} | "
-            f"{gpus.removesuffix('-gpus')} | {record.value:,.0f}{spread} | "
+            f"| {MODELS.get(model, model)} | `{what}` | {blocks} | "
+            f"{gpus.removesuffix('-gpus')}{', a clip each' if apart else ''} | "
+            f"{record.value:,.0f}{spread} | "
             f"{'' if share is None else f'{share:.2f}'} | "
             f"{record.config['peak_gib']:.1f} GiB |"
         )
@@ -56,7 +58,7 @@ def training() -> str:
 
 def _as_written_first(item: tuple[tuple[str, ...], Record]) -> tuple[str, ...]:
     model, job, gpus = item[0]
-    return model, job.removesuffix("-compiled"), job, gpus
+    return model, job.replace("-apart", "").removesuffix("-compiled"), job, gpus
 
 
 def guide() -> str:

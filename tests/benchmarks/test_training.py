@@ -24,9 +24,9 @@ def log(seconds: list[float]) -> list[dict[str, str]]:
     ]
 
 
-def speed(name: str, seconds: list[float], gpus: int = 1, compile: bool = False):
-    case, session = CASES["1.3b"], Session(dry=True)
-    return training.speed_record(case, name, gpus, log(seconds), RATE, session, compile=compile)
+def speed(name: str, seconds: list[float], gpus: int = 1, **how: bool):
+    case, session, setup = CASES["1.3b"], Session(dry=True), training.Setup(gpus, **how)
+    return training.speed_record(case, name, setup, log(seconds), RATE, session)
 
 
 def test_the_first_two_steps_do_not_count_and_the_median_is_taken() -> None:
@@ -37,6 +37,14 @@ def test_the_first_two_steps_do_not_count_and_the_median_is_taken() -> None:
     record = speed("sla", [1.0] * 4, compile=True)
     assert record.name.endswith("/calibrate-sla-compiled/1-gpus/tokens_per_s")
     assert record.config["job"]["compile"]
+
+
+def test_gpus_share_a_clip_or_have_one_each() -> None:
+    shared, apart = (speed("sla", [1.0] * 4, 8, apart=apart) for apart in (False, True))
+    assert (shared.value, apart.value) == pytest.approx((2 * 32_760, 8 * 32_760))
+    assert shared.config["job"]["context_parallel"] == 4
+    assert (apart.config["job"]["context_parallel"], apart.config["job"]["batch"]) == (1, 8)
+    assert apart.name.endswith("/calibrate-sla-apart/8-gpus/tokens_per_s")
 
 
 def test_a_round_of_rcm_is_five_steps_and_one_round_has_no_spread() -> None:
