@@ -14,11 +14,12 @@ from benchmarks.forward.bench import Bench
 from benchmarks.forward.cases import PROMPT_TOKENS, Case
 from benchmarks.forward.configurations import PIPELINES, SPARSE_REFERENCE, STEPS
 from benchmarks.forward.floors import Computation, Rates, floor, measured_rates
+from benchmarks.forward.rivals import RIVALS, attending_as, missing, replaced_bytes
 from benchmarks.forward.timing import measure
 from benchmarks.kernels._harness import Session, Timing, sqnr_db
 
 EAGER, COMPILED = "diffusers-eager", "diffusers-compiled"
-ONLY = (EAGER, "compiled", *PIPELINES)
+ONLY = (EAGER, "compiled", "rivals", *PIPELINES)
 """What may be asked for by name; eager diffusers always runs, as all are compared with it."""
 EVALUATIONS = 100
 """Of the original: 50 guided steps."""
@@ -43,12 +44,14 @@ class Run:
         quality: Mapping[str, float] | None = None,
         baseline: Mapping[str, float] | None = None,
         weight_bytes: int = 0,
+        computation: Computation | None = None,
     ) -> None:
         """Print one line and write one record.
 
         Args:
             peak: bytes; without the reference's weights where the compiled graph has its own.
             forwards: evaluations that were timed: one, or the steps of a clip.
+            computation: what the floor counts; None: that of the pipeline of that name.
         """
         session, case = self.bench.session, self.bench.case
         quality = quality or {}
@@ -59,7 +62,8 @@ class Run:
             f"peak {peak / 2**30:.1f} GiB  weights {weight_bytes / 2**30:.2f} GiB",
             flush=True,
         )
-        least = floor(case, Computation.of(PIPELINES.get(name, "")), self.rates, forwards)
+        computation = computation or Computation.of(PIPELINES.get(name, ""))
+        least = floor(case, computation, self.rates, forwards)
         record = session.add(
             f"{case.name}/{name}/{metric}",
             timing.ms,
@@ -91,6 +95,8 @@ def run(case: Case, session: Session, only: Sequence[str], out: Path) -> None:
     bench = Bench(case, session)
     this = Run(bench, rates, out)
     reference = _diffusers(this, compiled=not only or "compiled" in only)
+    if not only or "rivals" in only:
+        _rivals(this, reference)
     references = {"eager_bf16": reference}
     for name in PIPELINES:
         if not only or name in only:
@@ -112,6 +118,23 @@ def _diffusers(this: Run, *, compiled: bool) -> Tensor:
         this.baseline[COMPILED] = timing.ms
         bench.release_reference()
     return reference
+
+
+def _rivals(this: Run, reference: Tensor) -> None:
+    """What else makes diffusers' model fast; it is not itself any more after that."""
+    bench, few = this.bench, 2 if this.bench.case.runs > 3 else 1
+    for rival in RIVALS:
+        if reason := missing(rival, bench.device):
+            print(f"{rival.name} is left out: {reason}", flush=True)
+            continue
+        rival.change(bench.model.blocks)
+        with attending_as(rival):
+            timing, output, peak = measure(bench, bench.compiled(), few)
+        quality = {"sqnr_db_vs_eager_bf16": sqnr_db(reference, output)}
+        peak -= replaced_bytes(bench.model, bench.weights)
+        this.keep(rival.name, timing, peak, quality=quality, computation=rival.computation)
+        this.baseline[rival.name] = timing.ms
+        bench.release_reference()
 
 
 def _optimized(this: Run, name: str, references: dict[str, Tensor]) -> None:

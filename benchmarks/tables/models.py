@@ -9,6 +9,8 @@ from benchmarks.targets import GPU
 _CONFIGURATIONS = {
     "diffusers-eager": "diffusers, bf16",
     "diffusers-compiled": "diffusers, bf16, torch.compile",
+    "torchao-fp8": "… linear layers in fp8 by torchao",
+    "torchao-fp8-sageattention": "… and attention by `sageattention` 1.0.6",
     "captured": "captured, no pass",
     "fuse-norms": "`canonicalize`, `fuse-norms`",
     "fp8-block": "… `quantize-linear{scheme=fp8-block}`, `fuse-norm-quantize`",

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from benchmarks.forward import CASES, PIPELINES, Bench, Case
+from benchmarks.forward import CASES, PIPELINES, Bench, Case, rivals
 from benchmarks.forward.floors import Computation, Rates, Work, floor
+from benchmarks.forward.rivals import Rival, attending_as
 from benchmarks.forward.run import run
 from benchmarks.kernels._harness import Session
 from benchmarks.results import Ceiling, read
@@ -147,3 +150,74 @@ def test_a_run_records_a_floor_beside_every_time(tmp_path: Path) -> None:
     assert forward.baseline == {"diffusers-eager": eager.value}
     assert clip.baseline == {"diffusers-eager": 100 * eager.value}
     assert eager.baseline == {}
+
+
+def _with_a_rival(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
+    """One that runs anywhere: a layer is a hundredth too large, attention is counted."""
+
+    class Other(nn.Parameter):
+        pass
+
+    def change(blocks: nn.Module) -> None:
+        layer = blocks[0].ffn.net[2]  # type: ignore[index]
+        layer.weight = Other(layer.weight.detach() * 1.01)
+
+    original = nn.functional.scaled_dot_product_attention
+
+    def attention(*args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(1)
+        return original(*args, **kwargs)  # type: ignore[arg-type]
+
+    rival = Rival("faster", "torch", change, lambda: attention, Computation("fp8-block"))
+    monkeypatch.setattr("benchmarks.forward.run.RIVALS", [rival])
+    monkeypatch.setattr("benchmarks.forward.run.missing", lambda rival, device: None)
+    monkeypatch.setattr(Bench, "compiled", Bench.eager)
+
+
+def test_a_rival_is_recorded_and_stands_beside_what_comes_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    _with_a_rival(monkeypatch, calls)
+    run(CASES["tiny"], Session(dry=True), ["rivals", "captured"], tmp_path)
+    records = {record.name.split("/")[2]: record for record in read(tmp_path / "forward.json")}
+    assert sorted(records) == ["captured", "diffusers-eager", "faster"]
+    faster, captured = records["faster"], records["captured"]
+    assert 20 < faster.quality["sqnr_db_vs_eager_bf16"] < 60
+    assert captured.baseline["faster"] == faster.value
+    assert captured.quality["sqnr_db_vs_eager_bf16"] == 200  # its weights are the reference's
+    assert (
+        len(calls) == 2 * 2 * 3
+    )  # layers, attentions of a layer, one call to warm up and two timed
+    assert "fp8 library matmul" in faster.ceiling.what
+
+
+def test_weights_in_another_form_are_not_counted_twice() -> None:
+    class Other(nn.Parameter):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2))
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    assert rivals.replaced_bytes(model, weights) == 0
+    model[0].weight = Other(model[0].weight.detach())
+    assert rivals.replaced_bytes(model, weights) == 4 * 8
+
+
+def test_attention_is_pytorchs_again_after_a_failure() -> None:
+    original = nn.functional.scaled_dot_product_attention
+    rival = Rival("broken", "torch", lambda blocks: None, lambda: min, Computation())
+    with pytest.raises(TypeError, match="at least 1 argument"), attending_as(rival):
+        nn.functional.scaled_dot_product_attention()
+    assert nn.functional.scaled_dot_product_attention is original
+
+
+def test_a_rival_that_cannot_run_is_left_out_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(CASES["tiny"], Session(dry=True), ["rivals"], tmp_path)
+    said = capsys.readouterr().out
+    for rival in rivals.RIVALS:
+        assert f"{rival.name} is left out: " in said
+    absent = Rival("absent", "no_such_package", lambda blocks: None, None, Computation())
+    reason = rivals.missing(absent, torch.device("cpu"))
+    assert reason == "the package no_such_package is not installed"
