@@ -15,6 +15,7 @@ from turbo_opt.calibration.data.batches import generator_of
 from turbo_opt.calibration.flow import Sampled
 from turbo_opt.calibration.jobs.schema import Samples
 from turbo_opt.calibration.networks import DenoiserFolder
+from turbo_opt.calibration.places import Say
 from turbo_opt.calibration.training.world import World
 from turbo_opt.capture.sampling import pipeline_schedule
 from turbo_opt.errors import BadInput, TurboOptError
@@ -83,6 +84,7 @@ class Preview:
         text_length: positions that prompts are padded to.
         compute: dtype of products.
         schedule: the steps of a clip; None for those of the teacher's own sampler.
+        say: told of a clip that could not be drawn.
     """
 
     def __init__(
@@ -94,9 +96,10 @@ class Preview:
         text_length: int,
         compute: torch.dtype,
         world: World,
-        schedule: Schedule | None = None,
+        schedule: Schedule | None,
+        say: Say,
     ) -> None:
-        self._folder, self._settings, self._out = folder, settings, out
+        self._folder, self._settings, self._out, self._say = folder, settings, out, say
         self._latents, self._compute, self._world = latents, compute, world
         self._components = load_components(folder)
         texts = [*settings.prompts, ""]
@@ -137,7 +140,7 @@ class Preview:
             try:
                 frames = decode(self._components, latents)
             except TurboOptError as error:  # the training is judged by its loss
-                warnings.warn(f"no clip {index} of step {step}: {error}", stacklevel=2)
+                self._say(f"no clip {index} of step {step}: {error}")
                 continue
             self._out.mkdir(parents=True, exist_ok=True)
             clip = self._out / f"step-{step:06d}-{index}.mp4"

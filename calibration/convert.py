@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 
+from turbo_opt.artifact.staging import sync
 from turbo_opt.calibration.data.samples import EMPTY_PROMPT, INDEX, LATENTS
 from turbo_opt.calibration.training.dcp import METADATA, read_metadata, read_tensors
 from turbo_opt.checkpoints.names import diffusers_name, original_name, without_prefix
@@ -60,7 +61,10 @@ def convert(source: Path, out: Path, network: str = "student", average: bool = T
     else:
         save_file(values, partial, metadata={"format": "pt"})
         partial.chmod(0o644)  # safetensors files are born private
+    if partial.is_file():  # the folder's files are on disk
+        sync(partial)
     os.rename(partial, out)
+    sync(out.parent)
     return len(values)
 
 

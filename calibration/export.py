@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from turbo_opt.artifact.staging import sync
 from turbo_opt.calibration.networks import DenoiserFolder, whole
 from turbo_opt.calibration.training.world import World
 from turbo_opt.checkpoints.names import is_kept_aside
@@ -56,11 +57,13 @@ def export_model(
     metadata = {"format": "pt", "turbo_opt": json.dumps(record), **(declared or {})}
     _write_weights(partial / folder.name, values, dtype, metadata, world, shard_bytes)
     if world.is_main:
+        _sync_all(partial)
         aside = out.with_name(f".{out.name}.replaced")
         shutil.rmtree(aside, ignore_errors=True)
         if out.exists():
             os.rename(out, aside)
         os.rename(partial, out)
+        sync(out.parent)
         shutil.rmtree(aside, ignore_errors=True)
     world.wait()
     return out
@@ -80,6 +83,13 @@ def _write_frame(folder: DenoiserFolder, out: Path) -> None:
     for item in sorted(source.iterdir()):
         if item.is_dir() and item.name != folder.name:
             (out / item.name).symlink_to(item.resolve(), target_is_directory=True)
+
+
+def _sync_all(folder: Path) -> None:
+    """Wait until everything in a folder is on disk; what it links to is."""
+    for place, _, files in os.walk(folder):
+        for path in (*(Path(place, name) for name in files), Path(place)):
+            sync(path)
 
 
 def _write_weights(

@@ -18,7 +18,11 @@ from torch import Tensor, nn
 from turbo_opt.calibration.data.batches import Batch
 from turbo_opt.calibration.jobs.schema import Noise
 from turbo_opt.calibration.networks import DenoiserFolder
+from turbo_opt.errors import BadInput
 from turbo_opt.json_files import read_json
+
+BOUNDARY = "boundary_ratio"
+"""In a model_index.json: the noise level at which the other of two experts takes over."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,66 @@ class NoiseLevels:
 
     @classmethod
     def of(cls, settings: Noise, folder: DenoiserFolder) -> NoiseLevels:
-        """As a job says, the shift by default that of the model's scheduler."""
-        shift = settings.shift or flow_shift(folder.pipeline.path)
-        return cls(shift, settings.low, settings.high)
+        """As a job says; what it leaves open is the model's own.
+
+        Raises:
+            BadInput: see `settled`.
+        """
+        noise = settled(settings, folder)
+        assert noise.low is not None and noise.high is not None
+        return cls(noise.shift or flow_shift(folder.pipeline.path), noise.low, noise.high)
 
     def at(self, u: Tensor) -> Tensor:
         """t for u in [0, 1], evenly spread before the shift."""
         low, high = (t / (self.shift - (self.shift - 1) * t) for t in (self.low, self.high))
         even = low + (high - low) * u
         return self.shift * even / (1 + (self.shift - 1) * even)
+
+
+def settled(noise: Noise, folder: DenoiserFolder) -> Noise:
+    """A job's noise levels with both ends: those it leaves open are where the denoiser is used.
+
+    Raises:
+        BadInput: nothing is left between them, or the model's boundary is none.
+    """
+    lowest, highest = expert_range(folder)
+    low = lowest if noise.low is None else noise.low
+    high = highest if noise.high is None else noise.high
+    if low >= high:
+        raise BadInput(
+            f"noise: low {low:g} must be below high {high:g}; {folder.path} is used at noise "
+            f"levels from {lowest:g} to {highest:g}"
+        )
+    return noise.model_copy(update={"low": low, "high": high})
+
+
+def expert_range(folder: DenoiserFolder) -> tuple[float, float]:
+    """Lowest and highest noise level of a denoiser: an expert's side of the boundary, else all.
+
+    Raises:
+        BadInput: see `boundary_of`.
+    """
+    boundary = boundary_of(folder)
+    if boundary is None:
+        return 0.0, 1.0
+    return (boundary, 1.0) if folder.name == "transformer" else (0.0, boundary)
+
+
+def boundary_of(folder: DenoiserFolder) -> float | None:
+    """The noise level between a denoiser and the other expert; None if its model says none.
+
+    Raises:
+        BadInput: what it says is no noise level.
+    """
+    boundary = folder.pipeline.components.pipeline_config.get(BOUNDARY)
+    if boundary is None or len(folder.pipeline.denoisers) == 1:
+        return None
+    if not isinstance(boundary, int | float) or not 0 < boundary < 1:
+        raise BadInput(
+            f"{folder.pipeline.path / 'model_index.json'}: {BOUNDARY} is {boundary!r}, must be "
+            "between 0 and 1"
+        )
+    return float(boundary)
 
 
 def flow_shift(pipeline: Path) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turbo_opt.artifact.staging import write_synced
 from turbo_opt.calibration.components import encode_prompts, load_components
 from turbo_opt.calibration.data.batches import generator_of
 from turbo_opt.calibration.data.packing import SampleFiles
@@ -221,6 +222,6 @@ def _begin(
     if world.is_main:
         out.mkdir(parents=True, exist_ok=True)
         temporary = out / f"{MAKING}.partial"
-        temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        write_synced(temporary, (json.dumps(said, indent=1) + "\n").encode())
         temporary.replace(out / MAKING)
     world.wait()

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from turbo_opt.artifact.staging import sync, write_synced
 from turbo_opt.calibration.data.formats import (
     LATENTS,
     PROMPT_EMBEDS,
@@ -175,7 +176,7 @@ class SampleSet:
             return
         named = [f"{self.name(i)}: {why}" for i, why in list(self.broken.items())[:_NAMED]]
         raise BadInput(
-            f"{self.path}: {len(self.broken)} of {len(self)} samples are broken, "
+            f"{self.path}: at least {len(self.broken)} of {len(self)} samples are broken, "
             f"data.broken_share allows {self.broken_share:.0%} ({'; '.join(named)})"
         )
 
@@ -201,6 +202,7 @@ def write_sample(path: Path, latents_CFHW: Tensor | None, prompt_embeds_TC: Tens
         tensors[LATENTS] = latents_CFHW.half().contiguous()
     temporary = path.with_suffix(".partial")
     save_file(tensors, temporary)
+    sync(temporary)  # one that a crash emptied would be taken for a sample
     temporary.replace(path)
 
 
@@ -217,9 +219,11 @@ def padded_positions(prompt_embeds_TC: Tensor, text_length: int) -> Tensor:
 
 def write_index(path: Path, index: SampleIndex) -> None:
     """Write index.json, last of all: a folder without one is not a set."""
+    sync(path)
     temporary = path / f"{INDEX}.partial"
-    temporary.write_text(index.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    write_synced(temporary, (index.model_dump_json(indent=1) + "\n").encode())
     temporary.replace(path / INDEX)
+    sync(path)
 
 
 def _open(path: Path) -> tuple[SampleIndex, _Source]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
@@ -17,6 +18,7 @@ from turbo_opt.calibration.data.batches import split
 from turbo_opt.calibration.data.samples import SampleSet
 from turbo_opt.calibration.export import export_model
 from turbo_opt.calibration.fits import check_fits, check_shares
+from turbo_opt.calibration.flow import BOUNDARY, boundary_of, settled
 from turbo_opt.calibration.jobs.load import AnyJob
 from turbo_opt.calibration.networks import DenoiserFolder, check_same_architecture, open_denoiser
 from turbo_opt.calibration.places import (
@@ -25,14 +27,18 @@ from turbo_opt.calibration.places import (
     SAMPLES,
     Progress,
     Report,
-    begin_job,
+    Say,
+    job_folder,
+    unheard,
     write_job,
 )
 from turbo_opt.calibration.training.logs import check_tensorboard
 from turbo_opt.calibration.training.loop import Trainer, micro_batch
 from turbo_opt.calibration.training.objective import Objective
 from turbo_opt.calibration.training.world import World
+from turbo_opt.errors import BadInput
 from turbo_opt.ir.schedule import Schedule
+from turbo_opt.kernels.whole_file import write_whole
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,8 @@ class Parts(Generic[AnyJob]):
         return dtype
 
 
-def open_parts(job: AnyJob, start: str | None = None) -> Parts[AnyJob]:
-    """Find teacher, student and samples.
+def open_parts(job: AnyJob, start: str | None = None, say: Say = unheard) -> Parts[AnyJob]:
+    """Find teacher, student and samples. The job then says which noise levels are trained.
 
     Args:
         start: the job's `student.start`.
@@ -79,18 +85,37 @@ def open_parts(job: AnyJob, start: str | None = None) -> Parts[AnyJob]:
     samples = SampleSet.open(job.path(job.data.folder), job.data.broken_share)
     split(samples, job.data.held_out)
     check_fits(samples, teacher)
-    return Parts(job, samples, teacher, student)
+    noise = settled(job.noise, teacher)
+    if len(teacher.pipeline.denoisers) > 1 and noise != job.noise:
+        boundary = boundary_of(teacher)
+        say(
+            f"{teacher.name} is trained at noise levels from {noise.low:g} to {noise.high:g} (its "
+            f"model has {'no' if boundary is None else f'{boundary:g} as'} {BOUNDARY}; `noise` in "
+            "the job says otherwise)"
+        )
+    return Parts(job.model_copy(update={"noise": noise}), samples, teacher, student)
 
 
-def begin(parts: Parts[Any], out: Path, world: World, *, resume: bool) -> None:
-    """Make the job's folder. All processes call.
+@contextlib.contextmanager
+def begun(
+    parts: Parts[Any], out: Path, world: World, *, resume: bool, say: Say = unheard
+) -> Iterator[None]:
+    """Work in the job's folder, which no other process may meanwhile. All processes call.
 
     Raises:
-        BadInput: something else lies there, or a job that is not to be resumed.
+        BadInput: see `job_folder`.
     """
-    if world.is_main:
-        begin_job(out, parts.job, resume)
-    world.wait()
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if world.is_main:
+            try:
+                stack.enter_context(job_folder(out, parts.job, resume=resume, say=say))
+            except BadInput as error:
+                refusal = str(error)
+        refusal = world.told(refusal)  # or the others would wait for a process that is gone
+        if refusal is not None:
+            raise BadInput(refusal)
+        yield
 
 
 def train(
@@ -101,10 +126,12 @@ def train(
     *,
     resume: bool,
     progress: Progress,
+    say: Say = unheard,
     schedule: Schedule | None = None,
     adjust: Callable[[Trainer], None] = lambda trainer: None,
     weights: Callable[[Objective], Mapping[str, Tensor]] | None = None,
     declared: Mapping[str, str] | None = None,
+    remarks: Callable[[int], Sequence[str]] = lambda steps: (),
 ) -> Report:
     """Train what `build` makes and write `out/model`. All processes call.
 
@@ -114,9 +141,11 @@ def train(
         adjust: told of the trainer before it starts or resumes.
         weights: the parameters of the model that is written; None: those of the shipped network.
         declared: what the model's files say besides, for passes that ask.
+        remarks: what the report says to the user of a training that ended after so many steps.
 
     Raises:
-        BadInput: the job does not fit the processes; nothing was written.
+        BadInput: the job does not fit the processes, or may not have the folder; nothing was
+            written.
         TurboOptError: the loss or a gradient is not finite.
     """
     job = parts.job
@@ -125,31 +154,32 @@ def train(
     check_tensorboard(job.log.tensorboard)
     if job.samples is not None:
         check_draws(parts.teacher)
-    begin(parts, out, world, resume=resume)
-    started = time.monotonic()
-    objective = build()
-    draw = preview(parts, out, world, schedule)
-    trainer = Trainer(job, out, objective, parts.samples, world, draw, parts.imitated)
-    adjust(trainer)
-    if resume:
-        trainer.resume()
-        if world.is_main:
-            write_job(out, job)
-    first = trainer.step
-    before, after = trainer.run(lambda done, total, note: progress("train", done, total, note))
-    with trainer.shipped.averaged(job.export.average):
-        report = {
-            "job": job.job,
-            "model": str(out / MODEL),
-            "steps": trainer.step,
-            "first_step": first,
-            "seconds": time.monotonic() - started,
-            "before": before,
-            "after": after,
-            "broken_samples": len(parts.samples.broken),
-        }
-        values = (weights or shipped_weights)(objective)
-        export(parts, values, out, report, world, declared)
+    with begun(parts, out, world, resume=resume, say=say):
+        started = time.monotonic()
+        objective = build()
+        draw = preview(parts, out, world, schedule, say)
+        trainer = Trainer(job, out, objective, parts.samples, world, draw, parts.imitated)
+        adjust(trainer)
+        if resume:
+            trainer.resume()
+            if world.is_main:
+                write_job(out, job)
+        first = trainer.step
+        before, after = trainer.run(lambda done, total, note: progress("train", done, total, note))
+        with trainer.shipped.averaged(job.export.average):
+            report = {
+                "job": job.job,
+                "model": str(out / MODEL),
+                "steps": trainer.step,
+                "first_step": first,
+                "seconds": time.monotonic() - started,
+                "before": before,
+                "after": after,
+                "broken_samples": len(parts.samples.broken),
+                "notes": list(remarks(trainer.step)),
+            }
+            values = (weights or shipped_weights)(objective)
+            export(parts, values, out, report, world, declared)
     return report
 
 
@@ -160,7 +190,7 @@ def shipped_weights(objective: Objective) -> dict[str, Tensor]:
 
 
 def preview(
-    parts: Parts[Any], out: Path, world: World, schedule: Schedule | None = None
+    parts: Parts[Any], out: Path, world: World, schedule: Schedule | None, say: Say
 ) -> Preview | None:
     """What draws the clips of a job that asks for them."""
     job, index = parts.job, parts.samples.index
@@ -175,6 +205,7 @@ def preview(
         parts.compute,
         world,
         schedule,
+        say,
     )
 
 
@@ -191,4 +222,4 @@ def export(
     record = {"job": parts.job.canonical(), "report": report}
     export_model(parts.teacher, values, out / MODEL, dtype, record, world, declared=declared)
     if world.is_main:
-        (out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_whole(out / REPORT, json.dumps(report, indent=1) + "\n")

@@ -61,12 +61,23 @@ class Noise(Section):
     shift: float | None = Field(
         None, gt=0, description="t ← s·t / (1 + (s − 1)·t); null takes the model's flow_shift."
     )
-    low: float = Field(0.0, ge=0, lt=1, description="Lowest t; 0.875 for a high-noise expert.")
-    high: float = Field(1.0, gt=0, le=1, description="Highest t; 0.875 for a low-noise expert.")
+    low: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Lowest t; null takes 0, or the model's boundary_ratio for the first of two "
+        "experts.",
+    )
+    high: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Highest t; null takes 1, or the model's boundary_ratio for transformer_2.",
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> Noise:
-        if self.low >= self.high:
+        if self.low is not None and self.high is not None and self.low >= self.high:
             raise ValueError(f"low {self.low} must be below high {self.high}")
         return self
 

@@ -10,9 +10,9 @@ from turbo_opt.calibration.data.samples import EMPTY_PROMPT, SampleSet
 from turbo_opt.calibration.flow import Denoiser, NoiseLevels
 from turbo_opt.calibration.jobs.run import Parts, open_parts, train
 from turbo_opt.calibration.networks import build_network
-from turbo_opt.calibration.places import Progress, Report
+from turbo_opt.calibration.places import Progress, Report, Say, unheard
 from turbo_opt.calibration.rcm.objective import FAKE, RCMObjective
-from turbo_opt.calibration.rcm.schema import RCMJob
+from turbo_opt.calibration.rcm.schema import Distillation, RCMJob
 from turbo_opt.calibration.rcm.tangents import carry_tangents
 from turbo_opt.calibration.sla.closed_form import attend_densely
 from turbo_opt.calibration.sla.student import (
@@ -32,7 +32,13 @@ from turbo_opt.ir.schedule import Schedule
 
 
 def train_rcm(
-    job: RCMJob, out: Path, world: World, *, resume: bool = False, progress: Progress
+    job: RCMJob,
+    out: Path,
+    world: World,
+    *,
+    resume: bool = False,
+    progress: Progress,
+    say: Say = unheard,
 ) -> Report:
     """Distil a student and write `out/model`. All processes call.
 
@@ -40,7 +46,7 @@ def train_rcm(
         BadInput: the job, its data or its models do not fit; nothing was written.
         TurboOptError: the loss or a gradient is not finite.
     """
-    parts = open_parts(job, job.student.start)
+    parts = open_parts(job, job.student.start, say)
     if len(parts.teacher.pipeline.denoisers) > 1:
         raise BadInput(
             f"teacher.source: {parts.teacher.pipeline.path} has two denoisers; a student is "
@@ -61,10 +67,26 @@ def train_rcm(
         lambda: _objective(parts, empty_prompt, world),
         resume=resume,
         progress=progress,
+        say=say,
         schedule=_schedule(parts),
         adjust=slow_down_fake_score,
         declared={"distillation": METHOD, "sigma_max": str(job.rcm.sigma_max)},
+        remarks=lambda steps: remarks(job.rcm, steps),
     )
+
+
+def remarks(settings: Distillation, steps: int) -> list[str]:
+    """What there is to say of a training that ended after so many steps: that it had no reverse
+    term, though the job asks for one."""
+    reverse = settings.reverse
+    if reverse is None or steps >= settings.warm_up + reverse.student_every:
+        return []
+    return [
+        f"none of the {steps} steps trained the student by rcm's reverse term: the first that does "
+        f"is step {settings.warm_up + reverse.student_every}, as rcm.warm_up is {settings.warm_up} "
+        f"and rcm.reverse.student_every {reverse.student_every}; lower them, train for longer, or "
+        "set rcm.reverse to null"
+    ]
 
 
 def _empty_prompt(job: RCMJob, samples: SampleSet) -> Tensor | None:

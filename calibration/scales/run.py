@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 
 from turbo_opt.calibration.data.samples import SampleSet
 from turbo_opt.calibration.fits import check_fits
-from turbo_opt.calibration.flow import NoiseLevels, flow_shift
+from turbo_opt.calibration.flow import NoiseLevels, expert_range, flow_shift
 from turbo_opt.calibration.networks import DenoiserFolder, open_denoiser
 from turbo_opt.calibration.scales.evaluations import Measuring
 from turbo_opt.calibration.scales.measure import measure_denoiser
@@ -96,13 +96,7 @@ def noise_range(folder: DenoiserFolder, shift: float | None = None) -> NoiseLeve
     Args:
         shift: of the flow; None: the model's own.
     """
-    config: Mapping[str, object] = folder.pipeline.components.pipeline_config
-    boundary = config.get("boundary_ratio")
-    low, high = 0.0, 1.0
-    if boundary is not None and len(folder.pipeline.denoisers) > 1:
-        side = float(str(boundary))
-        low, high = (side, 1.0) if folder.name == "transformer" else (0.0, side)
-    return NoiseLevels(shift or flow_shift(folder.pipeline.path), low, high)
+    return NoiseLevels(shift or flow_shift(folder.pipeline.path), *expert_range(folder))
 
 
 def _measuring(recipe: Recipe, pipeline: Sequence[PlannedPass], amount: Amount) -> Measuring:

@@ -118,12 +118,13 @@ def solve_projections(
     """The projection of each self-attention layer, by the layer's name (`blocks.0.attn1`).
 
     Args:
-        teacher: the dense model; its attention processors are exchanged.
+        teacher: the dense model; its attention processors are exchanged meanwhile.
         positions: of the samples to look at; shared among the processes.
         noise_levels: at how many levels each is looked at.
         target: what sparse-linear attention shall come close to.
     """
     layers = dict(self_attentions(teacher.network))
+    before = {name: layer.processor for name, layer in layers.items()}
     sums = {
         id(layer): Regression(layer.inner_dim // layer.heads, world.device)
         for layer in layers.values()
@@ -151,7 +152,8 @@ def solve_projections(
             progress(index * noise_levels + step + 1, rounds * noise_levels)
     for each in sums.values():
         each.gather(world)
-    set_attention(teacher.network, target)
+    for name, layer in layers.items():
+        layer.set_processor(before[name])
     return {name: sums[id(layer)].solve(ridge) for name, layer in layers.items()}
 
 

@@ -43,7 +43,8 @@ class SLAObjective:
     ) -> None:
         self.trained: Mapping[str, nn.Module] = {STUDENT: student.network}
         self.denoisers: Mapping[str, Denoiser] = {STUDENT: student}
-        self._student, self._teacher = student, teacher
+        self.teacher = teacher
+        self._student = student
         self._levels, self._share = levels, unconditional_share
         self._companions = companions
         self._turn: Companion | None = None
@@ -54,7 +55,7 @@ class SLAObjective:
         """There is one network to train; the teacher and its companions take turns."""
         self._turn = [None, *self._companions][step % (1 + len(self._companions))]
         if self._turn is not None:
-            self._turn.follow(self._student.network, self._teacher.network)
+            self._turn.follow(self._student.network, self.teacher.network)
         return STUDENT
 
     def loss(self, batch: Batch, turn: str) -> Loss:
@@ -68,7 +69,7 @@ class SLAObjective:
         scores = {}
         for number, each in enumerate([None, *self._companions]):
             if each is not None:
-                each.follow(self._student.network, self._teacher.network)
+                each.follow(self._student.network, self.teacher.network)
             student, teacher = self._predictions(batch, 0.0, each)
             error = (student - teacher).square().mean()
             of = f"companion_{number}_" if number else ""
@@ -80,7 +81,7 @@ class SLAObjective:
         self, batch: Batch, empty_share: float, companion: Companion | None
     ) -> tuple[Tensor, Tensor]:
         """Of the student and what it imitates, or of a companion and what that was."""
-        teacher, student, levels = self._teacher, self._student, self._levels
+        teacher, student, levels = self.teacher, self._student, self._levels
         if companion is not None:
             teacher, student, levels = companion.dense, companion.sparse, companion.levels
         t = levels.at(batch.uniform("noise level"))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from turbo_opt.calibration.data.batches import Batches, split
-from turbo_opt.calibration.flow import Denoiser, NoiseLevels, autocast
-from turbo_opt.calibration.jobs.run import Parts, begin, export, open_parts, shipped_weights, train
+from turbo_opt.calibration.flow import Denoiser, NoiseLevels, autocast, settled
+from turbo_opt.calibration.jobs.run import Parts, begun, export, open_parts, shipped_weights, train
 from turbo_opt.calibration.jobs.schema import SLAJob
 from turbo_opt.calibration.networks import (
     DenoiserFolder,
@@ -20,9 +19,10 @@ from turbo_opt.calibration.networks import (
     open_denoiser,
     set_parameter,
 )
-from turbo_opt.calibration.places import MODEL, Progress, Report
+from turbo_opt.calibration.places import MODEL, Progress, Report, Say, unheard
 from turbo_opt.calibration.sla.attention import Sparsity
 from turbo_opt.calibration.sla.closed_form import (
+    Solution,
     attend_densely,
     projection_values,
     solve_projections,
@@ -36,7 +36,7 @@ from turbo_opt.calibration.sla.student import (
     make_sparse,
     set_attention,
 )
-from turbo_opt.calibration.training.blocks import set_up_blocks
+from turbo_opt.calibration.training.blocks import set_up_blocks, uncompiled
 from turbo_opt.calibration.training.context import share_tokens
 from turbo_opt.calibration.training.loop import Trainer
 from turbo_opt.calibration.training.world import World
@@ -44,7 +44,13 @@ from turbo_opt.errors import BadInput
 
 
 def train_sla(
-    job: SLAJob, out: Path, world: World, *, resume: bool = False, progress: Progress
+    job: SLAJob,
+    out: Path,
+    world: World,
+    *,
+    resume: bool = False,
+    progress: Progress,
+    say: Say = unheard,
 ) -> Report:
     """Tune a student and write `out/model`. All processes call.
 
@@ -52,13 +58,21 @@ def train_sla(
         BadInput: the job, its data or its models do not fit; nothing was written.
         TurboOptError: the loss or a gradient is not finite.
     """
-    parts = _open(job)
+    parts = _open(job, say)
     return train(
-        parts, out, world, lambda: _objective(parts, world), resume=resume, progress=progress
+        parts,
+        out,
+        world,
+        lambda: _objective(parts, world),
+        resume=resume,
+        progress=progress,
+        say=say,
     )
 
 
-def solve_sla(job: SLAJob, out: Path, world: World, *, progress: Progress) -> Report:
+def solve_sla(
+    job: SLAJob, out: Path, world: World, *, progress: Progress, say: Say = unheard
+) -> Report:
     """Solve `proj_l` in closed form and write `out/model`. All processes call.
 
     Raises:
@@ -68,20 +82,45 @@ def solve_sla(job: SLAJob, out: Path, world: World, *, progress: Progress) -> Re
         raise BadInput(
             f"--closed-form solves proj_l, which sla.mode {job.sla.mode!r} does not have"
         )
-    parts = _open(job)
+    parts = _open(job, say)
     if world.context_size > 1:
         raise BadInput("--closed-form shares samples among processes, not the tokens of one clip")
-    begin(parts, out, world, resume=False)
-    started = time.monotonic()
-    settings = job.closed_form
-    objective = _objective(parts, world)
-    trainer = Trainer(job, out, objective, parts.samples, world)
-    before = trainer.evaluate()
+    with begun(parts, out, world, resume=False, say=say):
+        started = time.monotonic()
+        objective = _objective(parts, world)
+        trainer = Trainer(parts.job, out, objective, parts.samples, world)
+        before = trainer.evaluate()
+        solutions = _solve(parts, objective.teacher, world, progress)
+        student = objective.trained[STUDENT]
+        for name, value in projection_values(solutions).items():
+            set_parameter(student.get_parameter(name), value.to(world.device))
+        trainer.shipped.restart_average()
+        report = {
+            "job": "sla --closed-form",
+            "model": str(out / MODEL),
+            "seconds": time.monotonic() - started,
+            "before": before,
+            "after": trainer.evaluate(),
+            "layers": {
+                name: {"error_before": each.error_before, "error_after": each.error_after}
+                for name, each in solutions.items()
+            },
+            "broken_samples": len(parts.samples.broken),
+            "notes": [],
+        }
+        export(parts, shipped_weights(objective), out, report, world)
+    return report
+
+
+def _solve(
+    parts: Parts[SLAJob], teacher: Denoiser, world: World, progress: Progress
+) -> dict[str, Solution]:
+    """The projections of all layers, on clips that are learned from."""
+    job, settings = parts.job, parts.job.closed_form
     trained, _ = split(parts.samples, job.data.held_out)
     batches = Batches(parts.samples, trained, job.training.seed, world.device, unconditional=False)
-    teacher = Denoiser(build_network(parts.teacher, world, _prepare_teacher), parts.teacher)
-    with autocast(world.device, parts.compute):
-        solutions = solve_projections(
+    with autocast(world.device, parts.compute), uncompiled():
+        return solve_projections(
             teacher,
             Sparsity.of(job.sla),
             batches,
@@ -92,29 +131,11 @@ def solve_sla(job: SLAJob, out: Path, world: World, *, progress: Progress) -> Re
             world,
             progress=lambda done, total: progress("closed form", done, total, ""),
         )
-    student = objective.trained[STUDENT]
-    for name, value in projection_values(solutions).items():
-        set_parameter(student.get_parameter(name), value.to(world.device))
-    trainer.shipped.restart_average()
-    report = {
-        "job": "sla --closed-form",
-        "model": str(out / MODEL),
-        "seconds": time.monotonic() - started,
-        "before": before,
-        "after": trainer.evaluate(),
-        "layers": {
-            name: {"error_before": each.error_before, "error_after": each.error_after}
-            for name, each in solutions.items()
-        },
-        "broken_samples": len(parts.samples.broken),
-    }
-    export(parts, shipped_weights(objective), out, report, world)
-    return report
 
 
-def _open(job: SLAJob) -> Parts[SLAJob]:
+def _open(job: SLAJob, say: Say = unheard) -> Parts[SLAJob]:
     """Everything that can be wrong, before any weight is read."""
-    parts = open_parts(job, job.student.start)
+    parts = open_parts(job, job.student.start, say)
     check_start(job.sla, parts.start)
     companions = tuple(
         open_denoiser(each.source, job.teacher.denoiser, job.folder) for each in job.companions
@@ -122,7 +143,16 @@ def _open(job: SLAJob) -> Parts[SLAJob]:
     for each in companions:
         check_same_architecture(parts.teacher, each)
         check_dense(each)
-    return replace(parts, companions=companions)
+    # A difference that an expert has learned is added to the same expert.
+    settled_job = parts.job.model_copy(
+        update={
+            "companions": tuple(
+                each.model_copy(update={"noise": settled(each.noise, parts.teacher)})
+                for each in job.companions
+            )
+        }
+    )
+    return replace(parts, job=settled_job, companions=companions)
 
 
 def _objective(parts: Parts[SLAJob], world: World) -> SLAObjective:
@@ -136,7 +166,10 @@ def _objective(parts: Parts[SLAJob], world: World) -> SLAObjective:
         set_up_blocks(network, job.training.activations, job.training.compile)
 
     def make_teacher(network: nn.Module) -> None:
-        _prepare_teacher(network, group)
+        network.requires_grad_(False)
+        if group is not None:
+            set_attention(network, attend_densely, group)
+            share_tokens(network, group)
         set_up_blocks(network, compile=job.training.compile)
 
     fill = initial_values(job.sla, parts.teacher.config)
@@ -158,10 +191,3 @@ def _objective(parts: Parts[SLAJob], world: World) -> SLAObjective:
         job.data.unconditional_share,
         companions,
     )
-
-
-def _prepare_teacher(network: nn.Module, group: Any = None) -> None:
-    network.requires_grad_(False)
-    if group is not None:
-        set_attention(network, attend_densely, group)
-        share_tokens(network, group)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from turbo_opt.calibration.flow import Denoiser, NoiseLevels
 from turbo_opt.calibration.jobs.run import Parts, open_parts, shipped_weights, train
 from turbo_opt.calibration.networks import build_network
-from turbo_opt.calibration.places import Progress, Report
+from turbo_opt.calibration.places import Progress, Report, Say, unheard
 from turbo_opt.calibration.sla.attention import Sparsity
 from turbo_opt.calibration.sla2.compare import Choose, straight_through
 from turbo_opt.calibration.sla2.objective import RouterObjective
@@ -23,7 +23,13 @@ from turbo_opt.calibration.training.world import World
 
 
 def train_router(
-    job: RouterJob, out: Path, world: World, *, resume: bool = False, progress: Progress
+    job: RouterJob,
+    out: Path,
+    world: World,
+    *,
+    resume: bool = False,
+    progress: Progress,
+    say: Say = unheard,
 ) -> Report:
     """Train routers and ratios, and write `out/model`: the teacher with them. All processes call.
 
@@ -31,7 +37,7 @@ def train_router(
         BadInput: the job, its data or its model do not fit; nothing was written.
         TurboOptError: the loss or a gradient is not finite.
     """
-    parts = open_parts(job)
+    parts = open_parts(job, say=say)
     return train(
         parts,
         out,
@@ -39,6 +45,7 @@ def train_router(
         lambda: _objective(parts, world),
         resume=resume,
         progress=progress,
+        say=say,
         weights=_teacher_with_routers,
     )
 

@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 
-from turbo_opt.artifact.staging import write_synced
+from turbo_opt.artifact.staging import sync, write_synced
 from turbo_opt.calibration.jobs.schema import Saving
 from turbo_opt.calibration.training.dcp import read_metadata, read_tensors
 from turbo_opt.calibration.training.world import World
@@ -134,9 +134,12 @@ class Checkpoints:
         write_synced(partial / RECORD, content.encode())
         final = self.folder / _name(step)
         shutil.rmtree(final, ignore_errors=True)
+        sync(partial)
         os.rename(partial, final)
+        sync(self.folder)
         write_synced(self.folder / f".{LATEST}", f"{final.name}\n".encode())
         os.replace(self.folder / f".{LATEST}", self.folder / LATEST)
+        sync(self.folder)
         # Of those up to this one: a run that was resumed from an earlier step may have left later.
         until = [old for old in self.folder.glob("step-*") if _step(old) <= step]
         for old in sorted(until, key=_step)[: -self._settings.keep]:

@@ -16,6 +16,7 @@ from turbo_opt.calibration.data.batches import Batch, Batches, split
 from turbo_opt.calibration.data.samples import SampleSet
 from turbo_opt.calibration.flow import autocast, distance_to_noise
 from turbo_opt.calibration.jobs.schema import Job
+from turbo_opt.calibration.places import CHECKPOINTS
 from turbo_opt.calibration.training.blocks import first_compilation, uncompiled
 from turbo_opt.calibration.training.checkpoints import Checkpoints, read_record
 from turbo_opt.calibration.training.identity import check_same_job, identity_of
@@ -26,7 +27,6 @@ from turbo_opt.calibration.training.trainee import Trainee, norm_of
 from turbo_opt.calibration.training.world import World
 from turbo_opt.errors import BadInput, TurboOptError
 
-CHECKPOINTS = "checkpoints"
 Progress = Callable[[int, int, str], None]
 """Told (steps done, steps in all, the last loss as text)."""
 Draw = Callable[[int, torch.nn.Module], Mapping[str, float]]

@@ -65,6 +65,13 @@ class World:
         dist.all_reduce(total)
         return total
 
+    def told(self, text: str | None) -> str | None:
+        """What the main process says, in every process. All call."""
+        said = [text]
+        if self.size > 1:
+            dist.broadcast_object_list(said, src=0)
+        return said[0]
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:

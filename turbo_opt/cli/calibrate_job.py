@@ -41,7 +41,11 @@ def job_options(example: str) -> Callable[[Command], Command]:
             type=click.Path(path_type=Path),
             help="Folder of checkpoints, logs and the model.",
         ),
-        click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out."),
+        click.option(
+            "--resume",
+            is_flag=True,
+            help="Go on from the last checkpoint in --out, where a job must be.",
+        ),
     ]
 
     def decorate(command: Command) -> Command:

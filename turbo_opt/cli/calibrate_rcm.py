@@ -36,5 +36,7 @@ def rcm(
         session,
         device,
         settings.training.context_parallel,
-        lambda world, steps: train_rcm(settings, out, world, resume=resume, progress=steps),
+        lambda world, steps: train_rcm(
+            settings, out, world, resume=resume, progress=steps, say=steps.say
+        ),
     )

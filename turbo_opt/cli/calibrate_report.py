@@ -18,6 +18,10 @@ class Steps:
         self._board = board
         self._tasks: dict[str, Task] = {}
 
+    def say(self, text: str) -> None:
+        """See `turbo_opt.calibration.places.Say`."""
+        self._board.session.note(f"note: {text}")
+
     def __call__(self, what: str, done: int, total: int, note: str) -> None:
         """See `turbo_opt.calibration.places.Progress`."""
         if what not in self._tasks:
@@ -28,7 +32,7 @@ class Steps:
 
 
 def show_report(session: Session, report: Mapping[str, Any]) -> None:
-    """Held-out values before and after, what the closed form found, and where the model lies."""
+    """Held-out values before and after, what the closed form found, notes, and the place."""
     from turbo_opt.cli.tables import seconds, table
 
     rows = [
@@ -52,4 +56,6 @@ def show_report(session: Session, report: Mapping[str, Any]) -> None:
             )
     if report["broken_samples"]:
         shown.append(f"{report['broken_samples']} broken samples were skipped")
+    for text in report["notes"]:
+        session.note(f"note: {text}")
     session.summary(report, *shown, f"{report['model']} in {seconds(report['seconds'])}")

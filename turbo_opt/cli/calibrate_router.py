@@ -38,5 +38,7 @@ def router(
         session,
         device,
         settings.training.context_parallel,
-        lambda world, steps: train_router(settings, out, world, resume=resume, progress=steps),
+        lambda world, steps: train_router(
+            settings, out, world, resume=resume, progress=steps, say=steps.say
+        ),
     )

@@ -45,7 +45,10 @@ def sla(
     settings = load_job(job, SLAJob, overrides)
     if closed_form:
         run_job(
-            session, device, 1, lambda world, steps: solve_sla(settings, out, world, progress=steps)
+            session,
+            device,
+            1,
+            lambda world, steps: solve_sla(settings, out, world, progress=steps, say=steps.say),
         )
         return
     session.when_stopped = RESUMABLE
@@ -53,5 +56,7 @@ def sla(
         session,
         device,
         settings.training.context_parallel,
-        lambda world, steps: train_sla(settings, out, world, resume=resume, progress=steps),
+        lambda world, steps: train_sla(
+            settings, out, world, resume=resume, progress=steps, say=steps.say
+        ),
     )

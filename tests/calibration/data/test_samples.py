@@ -75,7 +75,9 @@ def test_too_many_broken_samples_stop_the_job_and_are_named(samples_folder) -> N
     folder = samples_folder()
     for number in (1, 4):
         (folder / f"{number:06d}.safetensors").unlink()
-    with pytest.raises(BadInput, match=r"2 of 8 samples are broken, .* allows 20% \(000001"):
+    with pytest.raises(
+        BadInput, match=r": at least 2 of 8 samples are broken, .* allows 20% \(000001"
+    ):
         SampleSet.open(folder, broken_share=0.2)
     samples = SampleSet.open(folder, broken_share=0.25)
     spoil(folder / "000002.safetensors", latents=None)

@@ -15,7 +15,7 @@ from tests.helpers.tiny_folder import shared_folder, tiny_program, write_tiny_fo
 from tests.passes.exchanges import run
 from turbo_opt.calibration.convert import read_weights
 from turbo_opt.calibration.jobs.load import load_job
-from turbo_opt.calibration.rcm.run import train_rcm
+from turbo_opt.calibration.rcm.run import remarks, train_rcm
 from turbo_opt.calibration.rcm.schema import RCMJob
 from turbo_opt.calibration.training.loop import Trainer
 from turbo_opt.calibration.training.world import World
@@ -92,13 +92,15 @@ def test_a_clip_that_is_not_finite_is_left_out_and_said(place: Path, tmp_path: P
     clips = "samples={every: 2, prompts: [a red circle], num_inference_steps: 2, fps: 8}"
     job = job_of(place, clips, "training.steps=2", "rcm.reverse=null")
 
+    said: list[str] = []
+
     def broken(*told: object) -> None:
         raise TurboOptError("values that are not finite")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("turbo_opt.calibration.components.decode", broken)
-        with pytest.warns(UserWarning, match="no clip 0 of step 2: values that are not finite"):
-            train_rcm(job, tmp_path / "out", ALONE, progress=quiet)
+        train_rcm(job, tmp_path / "out", ALONE, progress=quiet, say=said.append)
+    assert said == ["no clip 0 of step 2: values that are not finite"]
     assert (tmp_path / "out" / "model").is_dir()
     assert not (tmp_path / "out" / "samples").exists()
 
@@ -212,6 +214,33 @@ def test_without_guidance_no_empty_prompt_is_needed(place: Path, tmp_path: Path)
     settings = ("rcm.guidance_scale=1", "training.steps=1", "rcm.reverse=null")
     job = job_of(place, *settings, f"data.folder={tmp_path / 'silent'}")
     assert train_rcm(job, tmp_path / "out", ALONE, progress=quiet)["steps"] == 1
+
+
+def test_a_training_that_time_ends_within_the_warm_up_says_so(place: Path, tmp_path: Path) -> None:
+    settings = ("training.minutes=1.0e-3", "training.steps=2000", "rcm.warm_up=1000")
+    words = [word for setting in settings for word in ("--set", setting)]
+    job = ["calibrate", "rcm", str(place / "rcm.yaml"), "--device", "cpu", *words]
+    out = ("--out", str(tmp_path / "out"), "--json")
+    result = CliRunner().invoke(cli, [*job, *out], prog_name="turbo-opt")
+    assert result.exit_code == 0, result.stderr
+    (note,) = json.loads(result.stdout)["notes"]
+    steps = json.loads(result.stdout)["steps"]
+    assert 0 < steps < 1000
+    assert note.startswith(f"none of the {steps} steps trained the student by rcm's reverse term")
+    assert "is step 1002, as rcm.warm_up is 1000" in note
+    assert f"note: {note}" in result.stderr
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["notes"] == [note]
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "noted"),
+    [([], 3, True), ([], 4, False), (["rcm.reverse=null", "rcm.warm_up=9"], 1, False)],
+)
+def test_only_a_reverse_term_that_never_came_is_noted(
+    place: Path, settings: list[str], steps: int, noted: bool
+) -> None:
+    """Two steps of warm-up, then the fake score's first, then the student's."""
+    assert bool(remarks(job_of(place, *settings).rcm, steps)) == noted
 
 
 def test_from_the_command_line(place: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_in_its_turn_a_companion_gets_the_students_difference_and_gives_its_grad
     with torch.no_grad():
         for n, parameter in network.named_parameters():
             parameter.copy_(other.sparse.network.get_parameter(n))
-    alone._teacher, alone._levels = other.dense, other.levels
+    alone.teacher, alone._levels = other.dense, other.levels
     alone._share = objective._share
     alone.loss(batch, STUDENT).value.backward()
     for n, gradient in expected.items():

@@ -11,8 +11,9 @@ from safetensors import safe_open
 
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
-from turbo_opt.calibration.networks import open_denoiser
+from turbo_opt.calibration.networks import build_network, open_denoiser
 from turbo_opt.calibration.sla.run import solve_sla, train_sla
+from turbo_opt.calibration.sla.student import self_attentions
 from turbo_opt.calibration.training.world import World
 from turbo_opt.capture.checkpoint import open_checkpoint
 from turbo_opt.errors import BadInput
@@ -148,6 +149,26 @@ def test_what_does_not_fit_is_said_before_anything_is_written(
     with pytest.raises(BadInput, match=message):
         train_sla(job_of(home, *settings), tmp_path / "out", ALONE, progress=quiet)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_closed_form_needs_the_teacher_once_and_leaves_it_as_it_was(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+
+    def build(folder, *rest):
+        built.append((folder.path, network := build_network(folder, *rest)))
+        return network
+
+    monkeypatch.setattr("turbo_opt.calibration.sla.run.build_network", build)
+    job = job_of(home, "closed_form.clips=1")
+    solve_sla(job, tmp_path / "out", ALONE, progress=quiet)
+    assert [path.parent.name for path, _ in built] == ["teacher", "teacher"]
+    processors = [
+        {type(attention.processor).__name__ for _, attention in self_attentions(network)}
+        for _, network in built
+    ]
+    assert processors == [{"HeadAttention"}, {"WanAttnProcessor"}]
 
 
 def test_a_clip_that_cannot_be_shared_is_refused(home: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from torch import nn
 from turbo_opt.calibration.data.samples import SampleSet
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
-from turbo_opt.calibration.training.loop import CHECKPOINTS, Trainer
+from turbo_opt.calibration.places import CHECKPOINTS
+from turbo_opt.calibration.training.loop import Trainer
 from turbo_opt.calibration.training.objective import Loss
 from turbo_opt.calibration.training.world import World
 from turbo_opt.errors import BadInput, TurboOptError

@@ -131,3 +131,9 @@ def test_a_closed_form_of_three_clips_is_the_same_on_two_processes(trained: Path
 def test_a_checkpoint_of_two_processes_is_resumed_by_one(home: Path, trained: Path) -> None:
     train_alone(home, trained / "data", "training.steps=6", resume=True)
     assert [row["step"] for row in log(trained / "data")][-2:] == ["5", "6"]
+
+
+def test_what_the_main_process_refuses_all_refuse(trained: Path) -> None:
+    for rank in range(2):
+        said = (trained / f"refused-{rank}.txt").read_text()
+        assert said.startswith(f"{trained / 'data'}: holds a job already")

@@ -17,6 +17,7 @@ from turbo_opt.calibration.sla.run import solve_sla, train_sla
 from turbo_opt.calibration.sla2.run import train_router
 from turbo_opt.calibration.sla2.schema import RouterJob
 from turbo_opt.calibration.training.world import start_world
+from turbo_opt.errors import BadInput
 
 THREE = ["closed_form.clips=3"]  # one process has a clip more than the other
 
@@ -42,6 +43,10 @@ def main(home: Path, out: Path) -> None:
             (out / "data" / "checkpoints" / "latest").write_text("step-000003\n")
         data.wait()
         train_sla(job, out / "data", data, resume=True, progress=quiet)
+        try:
+            train_sla(job, out / "data", data, progress=quiet)
+        except BadInput as error:
+            (out / f"refused-{data.rank}.txt").write_text(str(error))
 
 
 def quiet(*told: object) -> None:
