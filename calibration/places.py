@@ -52,7 +52,7 @@ def job_folder(out: Path, job: Job, *, resume: bool, say: Say = unheard) -> Iter
     if held and not resume and not (out / LOCK).is_file():  # may be a file of the user's own
         raise _held_already(out)
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out, say):
+    with locked(out, "training", say):
         held, saved = (out / JOB).is_file(), _holds_checkpoint(out)  # others may have been faster
         if not resume and (saved or any((out / name).exists() for name in (MODEL, REPORT))):
             raise _held_already(out)
@@ -80,17 +80,21 @@ def _holds_checkpoint(out: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(out: Path, say: Say) -> Iterator[None]:
-    """Keep other processes out; the system lets go when this one ends, however it does."""
+def locked(out: Path, doing: str, say: Say = unheard) -> Iterator[None]:
+    """Keep other processes out of a folder; the system lets go when this one ends, however it does.
+
+    Raises:
+        BadInput: one is `doing` something there.
+    """
     with (out / LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BadInput(
-                f"{out}: another process is training there; wait for it, or choose another --out"
+                f"{out}: another process is {doing} there; wait for it, or choose another --out"
             ) from None
         except OSError as error:  # of file systems that know no locks
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise
-            say(f"{out}: its file system cannot lock files; see that no other process trains there")
+            say(f"{out}: its file system cannot lock files; see that no other process works there")
         yield

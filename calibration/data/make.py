@@ -7,8 +7,10 @@ shards or not, a sample is first a file of its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from turbo_opt.calibration.data.samples import (
 )
 from turbo_opt.calibration.flow import Sampled
 from turbo_opt.calibration.networks import DenoiserFolder, build_network, open_denoiser
+from turbo_opt.calibration.places import LOCK, locked
 from turbo_opt.calibration.training.world import World
 from turbo_opt.capture.sampling import pipeline_schedule
 from turbo_opt.errors import BadInput
@@ -83,49 +86,51 @@ def make_samples(
         shard_size: samples of a tar shard; None for a file each.
 
     Raises:
-        BadInput: the teacher needs more than text, the size does not fit it, or `out` holds
-            something else.
+        BadInput: the teacher needs more than text, the size does not fit it, `out` holds something
+            else, or other processes are at it.
     """
     folder = open_denoiser(making.source, "transformer")
     shape = _latent_shape(folder, making)
-    _begin(out, making, captions, shard_size, world)
-    files = SampleFiles(out, captions, making.text_length, shard_size)
-    missing = [number for number in range(len(captions)) if not files.holds(number)]
-    world.wait()  # for all to have looked before the first writes
-    own = missing[world.rank :: world.size]
-    components = load_components(folder)
-    texts = ["", making.negative_prompt, *(captions[i] for i in own)]
-    encoded = encode_prompts(components, texts, making.text_length, world.device)
-    # Without their padding, thousands fit into memory; a view would keep it.
-    empty, negative, *embeds = (used_positions(each).clone() for each in encoded)
-    del components
-    if world.is_main:
-        write_sample(out / EMPTY_PROMPT, None, empty)
-    if own:
-        draw = _Drawing(folder, making, shape, negative, world)
-    for start in range(0, len(own), batch):
-        numbers, prompts = own[start : start + batch], embeds[start : start + batch]
-        latents = draw(numbers, prompts)
-        for number, clip, text in zip(numbers, latents, prompts, strict=True):
-            write_sample(files.own(number), clip, text)
+    said = _checked(out, making, captions, shard_size)
+    world.wait()  # for all to have looked before one writes
+    with world.led_by_main(lambda: _held(out, said)):
+        files = SampleFiles(out, captions, making.text_length, shard_size)
+        missing = [number for number in range(len(captions)) if not files.holds(number)]
+        world.wait()  # for all to have looked before the first writes
+        own = missing[world.rank :: world.size]
+        components = load_components(folder)
+        texts = ["", making.negative_prompt, *(captions[i] for i in own)]
+        encoded = encode_prompts(components, texts, making.text_length, world.device)
+        # Without their padding, thousands fit into memory; a view would keep it.
+        empty, negative, *embeds = (used_positions(each).clone() for each in encoded)
+        del components
+        if world.is_main:
+            write_sample(out / EMPTY_PROMPT, None, empty)
+        if own:
+            draw = _Drawing(folder, making, shape, negative, world)
+        for start in range(0, len(own), batch):
+            numbers, prompts = own[start : start + batch], embeds[start : start + batch]
+            latents = draw(numbers, prompts)
+            for number, clip, text in zip(numbers, latents, prompts, strict=True):
+                write_sample(files.own(number), clip, text)
+            if world.is_main:
+                files.pack()
+            progress(start + len(numbers), len(own))
+        world.wait()
         if world.is_main:
             files.pack()
-        progress(start + len(numbers), len(own))
-    world.wait()
-    if world.is_main:
-        files.pack()
-    index = SampleIndex(
-        format=1,
-        latents=shape,
-        text_length=making.text_length,
-        text_dim=empty.shape[-1],
-        source=asdict(making),
-        samples=files.records(),
-    )
-    if world.is_main:
-        write_index(out, index)
-    world.wait()
-    return index
+        index = SampleIndex(
+            format=1,
+            latents=shape,
+            text_length=making.text_length,
+            text_dim=empty.shape[-1],
+            source=asdict(making),
+            samples=files.records(),
+        )
+        if world.is_main:
+            write_index(out, index)
+        world.wait()
+        return index
 
 
 def tiny_wan_captions(count: int, seed: int) -> list[str]:
@@ -201,10 +206,10 @@ def _latent_shape(folder: DenoiserFolder, making: Making) -> tuple[int, int, int
     )
 
 
-def _begin(
-    out: Path, making: Making, captions: Sequence[str], shard_size: int | None, world: World
-) -> None:
-    """Make the folder, or see that it is an unfinished one of the same set."""
+def _checked(
+    out: Path, making: Making, captions: Sequence[str], shard_size: int | None
+) -> dict[str, Any]:
+    """What the folder's set is made of, if it is free or an unfinished one of the same set."""
     said: dict[str, Any] = {**asdict(making), "captions": list(captions)}
     if shard_size is not None:
         said["shard_size"] = shard_size
@@ -216,12 +221,21 @@ def _begin(
                 f"{out}: holds an unfinished set that was made with other settings or captions; "
                 "choose another --out"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif os.path.lexists(out) and not (out.is_dir() and _is_free(out)):
         raise BadInput(f"{out}: exists and is no set of samples; choose another --out")
-    world.wait()
-    if world.is_main:
-        out.mkdir(parents=True, exist_ok=True)
+    return said
+
+
+def _is_free(out: Path) -> bool:
+    return all(item.name == LOCK for item in out.iterdir())
+
+
+@contextlib.contextmanager
+def _held(out: Path, said: Mapping[str, Any]) -> Iterator[None]:
+    """Make the folder, say what its set is made of, and keep other processes out meanwhile."""
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, "making samples"):
         temporary = out / f"{MAKING}.partial"
         write_synced(temporary, (json.dumps(said, indent=1) + "\n").encode())
         temporary.replace(out / MAKING)
-    world.wait()
+        yield

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
@@ -36,7 +35,6 @@ from turbo_opt.calibration.training.logs import check_tensorboard
 from turbo_opt.calibration.training.loop import Trainer, micro_batch
 from turbo_opt.calibration.training.objective import Objective
 from turbo_opt.calibration.training.world import World
-from turbo_opt.errors import BadInput
 from turbo_opt.ir.schedule import Schedule
 from turbo_opt.kernels.whole_file import write_whole
 
@@ -96,28 +94,6 @@ def open_parts(job: AnyJob, start: str | None = None, say: Say = unheard) -> Par
     return Parts(job.model_copy(update={"noise": noise}), samples, teacher, student)
 
 
-@contextlib.contextmanager
-def begun(
-    parts: Parts[Any], out: Path, world: World, *, resume: bool, say: Say = unheard
-) -> Iterator[None]:
-    """Work in the job's folder, which no other process may meanwhile. All processes call.
-
-    Raises:
-        BadInput: see `job_folder`.
-    """
-    with contextlib.ExitStack() as stack:
-        refusal = None
-        if world.is_main:
-            try:
-                stack.enter_context(job_folder(out, parts.job, resume=resume, say=say))
-            except BadInput as error:
-                refusal = str(error)
-        refusal = world.told(refusal)  # or the others would wait for a process that is gone
-        if refusal is not None:
-            raise BadInput(refusal)
-        yield
-
-
 def train(
     parts: Parts[Any],
     out: Path,
@@ -154,7 +130,7 @@ def train(
     check_tensorboard(job.log.tensorboard)
     if job.samples is not None:
         check_draws(parts.teacher)
-    with begun(parts, out, world, resume=resume, say=say):
+    with world.led_by_main(lambda: job_folder(out, job, resume=resume, say=say)):
         started = time.monotonic()
         objective = build()
         draw = preview(parts, out, world, schedule, say)

@@ -10,7 +10,7 @@ from torch import nn
 
 from turbo_opt.calibration.data.batches import Batches, split
 from turbo_opt.calibration.flow import Denoiser, NoiseLevels, autocast, settled
-from turbo_opt.calibration.jobs.run import Parts, begun, export, open_parts, shipped_weights, train
+from turbo_opt.calibration.jobs.run import Parts, export, open_parts, shipped_weights, train
 from turbo_opt.calibration.jobs.schema import SLAJob
 from turbo_opt.calibration.networks import (
     DenoiserFolder,
@@ -19,7 +19,7 @@ from turbo_opt.calibration.networks import (
     open_denoiser,
     set_parameter,
 )
-from turbo_opt.calibration.places import MODEL, Progress, Report, Say, unheard
+from turbo_opt.calibration.places import MODEL, Progress, Report, Say, job_folder, unheard
 from turbo_opt.calibration.sla.attention import Sparsity
 from turbo_opt.calibration.sla.closed_form import (
     Solution,
@@ -85,7 +85,7 @@ def solve_sla(
     parts = _open(job, say)
     if world.context_size > 1:
         raise BadInput("--closed-form shares samples among processes, not the tokens of one clip")
-    with begun(parts, out, world, resume=False, say=say):
+    with world.led_by_main(lambda: job_folder(out, parts.job, resume=False, say=say)):
         started = time.monotonic()
         objective = _objective(parts, world)
         trainer = Trainer(parts.job, out, objective, parts.samples, world)

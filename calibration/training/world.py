@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -71,6 +72,26 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(said, src=0)
         return said[0]
+
+    @contextlib.contextmanager
+    def led_by_main(self, enter: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """A context that the main process alone is in. All call.
+
+        Raises:
+            BadInput: it may not be entered; in every process, as the others would wait for one
+                that is gone.
+        """
+        with contextlib.ExitStack() as stack:
+            refusal = None
+            if self.is_main:
+                try:
+                    stack.enter_context(enter())
+                except BadInput as error:
+                    refusal = str(error)
+            refusal = self.told(refusal)
+            if refusal is not None:
+                raise BadInput(refusal)
+            yield
 
     def wait(self) -> None:
         """Until every process is here."""

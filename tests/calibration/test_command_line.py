@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from turbo_opt.calibration.places import locked
 from turbo_opt.cli.main import cli
 
 RECIPE = """\
@@ -94,6 +95,18 @@ def test_a_stopped_set_is_continued_and_a_finished_one_kept(
     assert invoke(*arguments, "--out", drawn).exit_code == 0
     assert (drawn / "000000.safetensors").stat().st_mtime_ns == kept
     assert (drawn / "index.json").read_text() == (tmp_path / "index.json").read_text()
+
+
+def test_two_processes_do_not_make_one_set(home: Path, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    command = ("calibrate", "data", recipe, "--captions", home / "captions.txt", "--out", out)
+    with locked(out, "making samples"):
+        second = invoke(*command, "--device", "cpu")
+    assert second.exit_code == 2
+    assert f"{out}: another process is making samples there" in second.stderr
+    assert [item.name for item in out.iterdir()] == [".lock"]
+    assert invoke(*command, "--device", "cpu").exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,7 @@ def test_a_sharded_set_goes_on_after_a_kill_and_is_the_same(make, tmp_path, monk
     assert json.loads(resumed.stdout)["count"] == 5
     found = names(tmp_path / "out")
     assert found == [
+        ".lock",
         "empty.safetensors",
         "index.json",
         "making.json",
