@@ -23,6 +23,7 @@ from turbo_opt.artifact.manifest import MANIFEST, read_manifest
 from turbo_opt.artifact.verify import verify
 from turbo_opt.errors import BadInput
 from turbo_opt.ir.files import SafetensorsFile
+from turbo_opt.runtime.generate import clip_options
 
 GRAPH = "denoisers/transformer.pt2"
 FUZZ = settings(
@@ -115,9 +116,24 @@ def test_a_link_that_leads_outside_is_refused(copy: Path, tmp_path: Path) -> Non
         (lambda m: _weight(m).update(dtype="object"), r"dtype: Input should be"),
         (lambda m: _weight(m).update(shape=[-1]), "greater than or equal to 0"),
         (lambda m: _weight(m).update(shape=[2**40, 2**40]), "larger than any machine"),
-        (lambda m: _weight(m).update(shape=[3]), "differ in weight"),
+        (lambda m: _weight(m).update(shape=[3]), r"float32 \[64\], the manifest says .* \[3\]"),
+        (lambda m: _tensors(m).pop("proj_out.bias"), "differ in weight 'proj_out.bias'"),
         (lambda m: _weight(m).update(file=GRAPH), "is in no shard"),
         (lambda m: m.update(format_version="1"), "format_version is '1'"),
+        (lambda m: _config(m).update(in_channels="x"), r"config\.in_channels: .*valid integer"),
+        (lambda m: _config(m).update(in_channels=7), "in_channels = 7, the graph takes 16"),
+        (lambda m: _config(m).pop("in_channels"), r"config\.in_channels: Field required"),
+        (lambda m: _config(m).update(patch_size=2), r"config\.patch_size: .*valid array"),
+        (lambda m: _config(m).update(patch_size=[1, 2]), r"patch_size: .*at least 3"),
+        (lambda m: _config(m).update(patch_size=[1, 0, 2]), r"patch_size\.1: .*greater"),
+        (lambda m: _config(m).update(rope_max_seq_len=None), r"rope_max_seq_len: .*integer"),
+        (lambda m: _config(m).update(items=1), "'items' is no name of a setting"),
+        (lambda m: _config(m).update({"a b": 1}), "'a b' is no name of a setting"),
+        (lambda m: m.update(recipe=[]), "recipe: Input should be an object"),
+        (lambda m: m["recipe"].update(generate=3), r"recipe\.generate: Input should be an object"),
+        (lambda m: m["recipe"]["generate"].update(height="x"), r"generate\.height: .*integer"),
+        (lambda m: m["recipe"]["generate"].update(fps=0), r"generate\.fps: .*greater than 0"),
+        (lambda m: m["recipe"].update(description=[]), r"recipe\.description: .*string"),
     ],
 )  # fmt: skip
 def test_a_manifest_that_makes_no_sense_is_refused(
@@ -127,6 +143,17 @@ def test_a_manifest_that_makes_no_sense_is_refused(
     with pytest.raises(BadInput, match=message) as caught:
         turbo_opt.load(copy)
     assert str(copy) in str(caught.value)
+
+
+def test_further_keys_of_config_and_recipe_may_have_any_value(copy: Path) -> None:
+    def extend(manifest: dict[str, Any]) -> None:
+        _config(manifest)["window"] = [1, None]
+        manifest["recipe"] |= {"calibration": {"rate": 1}, "generate": {"height": 16, "hue": "red"}}
+
+    _edit(copy, extend)
+    loaded = turbo_opt.load(copy)
+    assert loaded.config["window"] == [1, None]
+    assert clip_options(loaded.manifest).height == 16
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"format_version": true}', "[" * 100000])
@@ -268,9 +295,16 @@ def _reads_or_bad_input(read: Callable[[], Any]) -> None:
         read()
 
 
+def _tensors(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return manifest["denoisers"]["transformer"]["tensors"]  # type: ignore[no-any-return]
+
+
 def _weight(manifest: dict[str, Any]) -> dict[str, Any]:
-    tensors: dict[str, dict[str, Any]] = manifest["denoisers"]["transformer"]["tensors"]
-    return tensors["proj_out.bias"]
+    return _tensors(manifest)["proj_out.bias"]
+
+
+def _config(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest["denoisers"]["transformer"]["config"]  # type: ignore[no-any-return]
 
 
 def _edit(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:

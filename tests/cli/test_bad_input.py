@@ -189,6 +189,35 @@ def test_wrong_artifacts_and_clips(refused, artifact, arguments, message):
     assert message in refused(*[artifact if item == "ARTIFACT" else item for item in arguments])
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--height", 33], "height = 33: must be a multiple of 8 and at most 4096; nearest: 32"),
+        (["--num-frames", 9999], "num_frames = 9999: must be 4·n + 1 and at most 1021"),
+    ],
+)
+def test_a_clip_size_is_refused_before_the_artifact_is_loaded(
+    refused, artifact, monkeypatch, option, message
+):
+    def loaded(*_, **__):
+        raise AssertionError("nothing of the network may be read yet")
+
+    monkeypatch.setattr("turbo_opt.artifact.load.read_graph", loaded)
+    monkeypatch.setattr("turbo_opt.artifact.load.StoredWeights", loaded)
+    options = ["--prompt", "a", "--out", "a.mp4", "--device", "cpu"]
+    assert message in refused("generate", artifact, *options, *option)
+
+
+def test_a_manifest_with_a_wrong_value_is_named_with_its_key(refused, artifact, work):
+    shutil.copytree(artifact, work / "copy")
+    path = work / "copy" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["denoisers"]["transformer"]["config"]["in_channels"] = "x"
+    path.write_text(json.dumps(manifest))
+    message = refused("generate", "copy", "--prompt", "a", "--out", "a.mp4", "--device", "cpu")
+    assert message.startswith("copy/manifest.json: denoisers.transformer.config.in_channels: ")
+
+
 def test_a_gpu_that_is_not_there(refused, artifact, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "sees no CUDA GPU" in refused("verify", artifact, "--device", "cuda")

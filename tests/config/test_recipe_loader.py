@@ -99,9 +99,14 @@ def test_error_names_file_line_column_key_nearest_name_and_allowed_values(projec
         "my.yaml:13:3: generate.heigth: unknown key 'heigth', did you mean 'height'? Known: "
         "flow_shift, fps, guidance_scale, guidance_scale_2, height, max_sequence_length, "
         "negative_prompt, num_frames, num_inference_steps, width.",
-        "my.yaml:14:1: verfy: unknown key 'verfy', did you mean 'verify'? Known: calibration, "
-        "description, extends, generate, model, passes, schema_version, target, verify, weights.",
+        "my.yaml:14:1: verfy: unknown key 'verfy', did you mean 'verify'? Known: description, "
+        "extends, generate, model, passes, schema_version, target, verify, weights.",
     ]
+
+
+def test_a_key_that_nothing_reads_is_unknown(project):
+    project("my.yaml", RECIPE + "calibration: {steps: 100}\n")
+    assert "calibration: unknown key 'calibration'" in failure(load_recipe, "my.yaml")
 
 
 def test_error_in_an_extended_file_names_that_file(project):

@@ -45,7 +45,6 @@ recipes = st.fixed_dictionaries(
                 "budgets": st.fixed_dictionaries({"exact": budgets, "reorders": budgets}),
             },
         ),
-        "calibration": st.none() | st.dictionaries(st.text(), st.integers(), max_size=2),
         "generate": st.fixed_dictionaries(
             {}, optional={"height": st.integers(16, 4096), "guidance_scale": st.integers(0, 9)}
         ),

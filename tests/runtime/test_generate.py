@@ -77,7 +77,7 @@ def test_another_seed_or_size_gives_another_clip(artifact: LoadedArtifact) -> No
 
 
 def test_sizes_come_from_the_call_then_the_recipe_then_480p(artifact: LoadedArtifact) -> None:
-    options = clip_options(artifact, width=64, height=None)
+    options = clip_options(artifact.manifest, width=64, height=None)
     assert (options.width, options.height, options.fps) == (64, 32, 8.0)
     assert options.max_sequence_length == 512
 

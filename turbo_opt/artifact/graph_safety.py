@@ -1,8 +1,8 @@
 """Is a serialized graph only a graph? Asked before torch deserializes it.
 
-Deserialization resolves operator names by attribute look-up from `torch`, evaluates sizes with
-sympy (which is `eval`), and imports what a tree spec names. Each of these is held to what graphs
-of ours contain; anything else is refused by name.
+torch's deserialization resolves operator names by attribute look-up from `torch`, evaluates sizes
+with sympy (which is `eval`), and imports what a tree spec names. Each of these is held to what
+graphs of ours contain; anything else is refused by name.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from turbo_opt.artifact.expressions import parse_expression
 from turbo_opt.errors import BadInput
 
-_MODEL = "models/model.json"
-_WEIGHTS = "data/weights/model_weights_config.json"
+MODEL = "models/model.json"
+WEIGHTS = "data/weights/model_weights_config.json"
 _CONSTANTS = "data/constants/model_constants_config.json"
 _INPUTS = "data/sample_inputs/model.pt"
 MEMBERS = frozenset({
-    _MODEL, _WEIGHTS, _CONSTANTS, _INPUTS,
+    MODEL, WEIGHTS, _CONSTANTS, _INPUTS,
     "archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id",
 })  # fmt: skip
 """Members of a graph file, besides empty `data/weights/weight_*`."""
@@ -31,18 +32,7 @@ _OPERATOR = re.compile(
     r"|torch\.sym_(max|min|float|int|not|ite|sum)|math\.(trunc|ceil|floor)"
 )
 _REFUSED_OPERATORS = re.compile(r"torch\.ops\.aten\.(from_file|_print|save)\b.*")
-_FUNCTIONS = frozenset({
-    "Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Min", "Max", "Mod", "Abs",
-    "FloorDiv", "ModularIndexing", "Where", "PythonMod", "CleanDiv", "CeilToInt", "FloorToInt",
-    "CeilDiv", "LShift", "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv",
-    "TruncToFloat", "TruncToInt", "RoundToInt", "ToFloat", "Identity", "Equality",
-    "Unequality", "GreaterThan", "LessThan", "StrictGreaterThan", "StrictLessThan", "And",
-    "Or", "Not", "true", "false", "True", "False", "positive", "integer", "nonnegative",
-    "real", "Eq", "Ne", "Ge", "Le", "Gt", "Lt",
-})  # fmt: skip
-_TOKEN = re.compile(r"\s+|'[A-Za-z]\w{0,30}'|[A-Za-z_]\w*|\d{1,20}|[-+*/(),=<>&|~]")
-_SYMBOL = re.compile(r"[a-z]{1,4}\d{1,9}")
-_MAX_EXPRESSION = 4000
+_RANGE = re.compile(r"[\w\s+*/(),-]{1,4000}")
 _TREE_TYPES = {None, "builtins.tuple", "builtins.list", "builtins.dict"}
 _META_KEYS = {"nn_module_stack", "stack_trace", "torch_fn"}
 
@@ -53,7 +43,7 @@ def check_members(path: Path, members: Mapping[str, bytes]) -> None:
     Raises:
         BadInput: something else is in it; the message names what.
     """
-    for name in (_MODEL, _WEIGHTS, _CONSTANTS):
+    for name in (MODEL, WEIGHTS, _CONSTANTS):
         if name not in members:
             raise BadInput(f"{path}: damaged, {name} is missing")
     if members.get(_INPUTS):
@@ -63,8 +53,8 @@ def check_members(path: Path, members: Mapping[str, bytes]) -> None:
             raise BadInput(f"{path}: holds weights ({name}); a graph file has none")
     if _json(path, _CONSTANTS, members) != {"config": {}}:
         raise BadInput(f"{path}: holds constants; they belong into the weights")
-    _check_weights(path, _json(path, _WEIGHTS, members))
-    _check_model(path, _json(path, _MODEL, members))
+    _check_weights(path, _json(path, WEIGHTS, members))
+    _check_model(path, _json(path, MODEL, members))
 
 
 def _json(path: Path, name: str, members: Mapping[str, bytes]) -> Any:
@@ -84,22 +74,26 @@ def _check_weights(path: Path, config: Any) -> None:
             if not re.fullmatch(r"weight_\d+", entry["path_name"]):
                 raise BadInput(f"{path}: weight {name!r} names the file {entry['path_name']!r}")
     except (KeyError, TypeError, AttributeError):
-        raise BadInput(f"{path}: damaged, {_WEIGHTS} is malformed") from None
+        raise BadInput(f"{path}: damaged, {WEIGHTS} is malformed") from None
 
 
 def _check_model(path: Path, model: Any) -> None:
     if not isinstance(model, dict) or not isinstance(model.get("graph_module"), dict):
-        raise BadInput(f"{path}: damaged, {_MODEL} holds no graph")
+        raise BadInput(f"{path}: damaged, {MODEL} holds no graph")
     if model.get("guards_code"):
         raise BadInput(f"{path}: holds guard code, which is never run")
     for name in model.get("range_constraints") or {}:
-        _check_expression(path, name)
+        if not isinstance(name, str) or not _RANGE.fullmatch(name):
+            raise BadInput(f"{path}: {str(name)[:80]!r} is not a size whose range could be known")
+    expressions = set()
     for key, value in _entries(model):
         if key == "target" and isinstance(value, str):
             if not _OPERATOR.fullmatch(value) or _REFUSED_OPERATORS.fullmatch(value):
                 raise BadInput(f"{path}: calls {value!r}, which is no operator of a graph")
         elif key == "expr_str":
-            _check_expression(path, value)
+            if not (isinstance(value, str) and value in expressions):
+                _check_expression(path, value)
+                expressions.add(value)
         elif key in ("in_spec", "out_spec"):
             _check_tree(path, value)
         elif key == "metadata" and value:
@@ -120,13 +114,12 @@ def _entries(root: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_expression(path: Path, text: Any) -> None:
-    if not isinstance(text, str) or len(text) > _MAX_EXPRESSION:
-        raise BadInput(f"{path}: a symbolic size is no expression")
-    words = _TOKEN.findall(text)
-    names = [word for word in words if word[0].isalpha() or word[0] == "_"]
-    known = all(name in _FUNCTIONS or _SYMBOL.fullmatch(name) for name in names)
-    if "".join(words) != text or "**" in text or not known:
-        raise BadInput(f"{path}: {text[:80]!r} is not an expression over sizes")
+    try:
+        parse_expression(text)
+    except ValueError as error:
+        raise BadInput(
+            f"{path}: {str(text)[:80]!r} is not an expression over sizes ({error})"
+        ) from None
 
 
 def _check_tree(path: Path, text: Any) -> None:

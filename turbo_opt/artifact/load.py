@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from turbo_opt.artifact.graph_file import read_graph
+from turbo_opt.artifact.graph_file import latent_sides, read_graph
 from turbo_opt.artifact.manifest import (
+    MANIFEST,
     DenoiserRecord,
     Manifest,
     check_sizes,
@@ -25,7 +26,7 @@ from turbo_opt.errors import BadInput
 from turbo_opt.ir.edit import user_inputs
 from turbo_opt.ir.schedule import Schedule
 from turbo_opt.ir.weights import dtype_name
-from turbo_opt.runtime.limits import LatentLimits, latent_limits
+from turbo_opt.runtime.limits import LatentLimits, latent_limits, limits_of_sides
 from turbo_opt.runtime.module import CompiledTransformer
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def load(
     check: bool = False,
     cuda_graph: bool = True,
 ) -> LoadedArtifact:
-    """Read an artifact onto a device, one weight at a time.
+    """Read an artifact onto a device, a few weights at a time.
 
     Args:
         path: an artifact directory; it may come from anyone, nothing in it is executed.
@@ -158,6 +159,18 @@ def load(
     return LoadedArtifact(root, manifest, transformers, smallest, given)
 
 
+def read_limits(root: Path, manifest: Manifest) -> LatentLimits:
+    """How large the latents of one call may be, without loading the artifact.
+
+    Raises:
+        BadInput: a graph is missing or damaged.
+    """
+    return LatentLimits.smallest([
+        limits_of_sides(*latent_sides(inside(root, record.graph)), record.config)
+        for record in manifest.denoisers.values()
+    ])  # fmt: skip
+
+
 def _check_device(device: torch.device | str) -> None:
     try:
         kind = torch.device(device).type
@@ -180,7 +193,22 @@ def load_denoiser(
         BadInput: graph and weights do not belong together, or one of them is damaged.
     """
     path = inside(root, record.graph)
-    exported = read_graph(path)
+    with StoredWeights(root, record, device).arriving() as weights:
+        exported = read_graph(path)
+        _check_weights(path, name, record, exported)
+        _check_stages(path, record, exported)
+        _check_channels(root, name, record, exported)
+        transformer = CompiledTransformer.build(
+            exported, weights(), record.config, device, record.stages, cuda_graph
+        )
+    if dtype_name(transformer.dtype) != record.dtype:
+        raise BadInput(f"{path}: the graph is {transformer.dtype}, the manifest {record.dtype}")
+    return transformer, latent_limits(exported, record.config)
+
+
+def _check_weights(
+    path: Path, name: str, record: DenoiserRecord, exported: ExportedProgram
+) -> None:
     expected = {
         key: (tuple(meta.shape), dtype_name(meta.dtype))
         for key, meta in exported.state_dict.items()
@@ -192,14 +220,6 @@ def load_denoiser(
                 f"{path}: the graph of {name!r} and the manifest differ in weight {key!r}: "
                 f"{expected.get(key)} and {stored.get(key)}"
             )
-    _check_stages(path, record, exported)
-    weights = StoredWeights(root, record, device)
-    transformer = CompiledTransformer.build(
-        exported, weights, record.config, device, record.stages, cuda_graph
-    )
-    if dtype_name(transformer.dtype) != record.dtype:
-        raise BadInput(f"{path}: the graph is {transformer.dtype}, the manifest {record.dtype}")
-    return transformer, latent_limits(exported, record.config)
 
 
 def _check_stages(path: Path, record: DenoiserRecord, exported: ExportedProgram) -> None:
@@ -208,6 +228,19 @@ def _check_stages(path: Path, record: DenoiserRecord, exported: ExportedProgram)
         for name in names:
             if name not in inputs:
                 raise BadInput(f"{path}: stage {stage!r} names {name!r}, which is no input")
+
+
+def _check_channels(
+    root: Path, name: str, record: DenoiserRecord, exported: ExportedProgram
+) -> None:
+    given = record.config["in_channels"]
+    for node in user_inputs(exported):
+        taken = node.meta["val"].shape[1] if node.target == "hidden_states" else given
+        if taken != given:
+            raise BadInput(
+                f"{root / MANIFEST}: denoisers.{name}.config.in_channels = {given}, "
+                f"the graph takes {taken}"
+            )
 
 
 def check_digests(root: Path, manifest: Manifest) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Required
 
 from pydantic import (
     AfterValidator,
@@ -18,7 +18,9 @@ from pydantic import (
     FiniteFloat,
     ValidationError,
     model_validator,
+    with_config,
 )
+from typing_extensions import TypedDict
 
 import turbo_opt
 from turbo_opt.errors import BadInput
@@ -37,6 +39,7 @@ DType = Literal[
     "int64", "int32", "int16", "int8", "uint8", "bool",
 ]  # fmt: skip
 Size = Annotated[int, Field(ge=0, le=2**48)]
+Count = Annotated[int, Field(ge=1, le=2**31)]
 
 
 def _plain_path(path: str) -> str:
@@ -50,6 +53,44 @@ def _plain_path(path: str) -> str:
 PlainPath = Annotated[str, AfterValidator(_plain_path)]
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 StageName = Annotated[str, Field(pattern=r"^(prompt|timestep)$")]
+
+
+def _names_of_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Diffusers makes attributes of a config's keys, so they must be names, and free ones."""
+    for name in config:
+        if not name.isidentifier() or hasattr(dict, name) or name.startswith("__"):
+            raise ValueError(f"{name!r} is no name of a setting")
+    return config
+
+
+@with_config(ConfigDict(extra="allow", strict=True))
+class NetworkConfig(TypedDict, total=False):
+    """What is read of a network's diffusers config; further keys may have any value."""
+
+    in_channels: Required[Count]
+    patch_size: Required[Annotated[list[Count], Field(min_length=3, max_length=3)]]
+    rope_max_seq_len: Count
+    text_dim: Count
+
+
+@with_config(ConfigDict(extra="allow", strict=True))
+class ClipDefaults(TypedDict, total=False):
+    """What is read of a recipe's `generate`; see `turbo_opt.runtime.generate.ClipOptions`."""
+
+    height: Count | None
+    width: Count | None
+    num_frames: Count | None
+    fps: Annotated[FiniteFloat, Field(gt=0)] | None
+    negative_prompt: str | None
+    max_sequence_length: Count | None
+
+
+@with_config(ConfigDict(extra="allow", strict=True))
+class RecipeRecord(TypedDict, total=False):
+    """What is read of the resolved recipe; the rest of it is only shown."""
+
+    description: str | None
+    generate: ClipDefaults | None
 
 
 class _Record(BaseModel):
@@ -99,7 +140,7 @@ class DenoiserRecord(_Record):
     """
 
     model_class: str
-    config: dict[str, Any]
+    config: Annotated[NetworkConfig, AfterValidator(_names_of_settings)]
     dtype: DType
     graph: PlainPath
     shards: tuple[PlainPath, ...]
@@ -156,7 +197,7 @@ class Manifest(_Record):
     schedule: ScheduleRecord
     components: ComponentsRecord
     facts: tuple[str, ...]
-    recipe: dict[str, Any]
+    recipe: RecipeRecord
     history: tuple[dict[str, Any], ...]
     environment: dict[str, Any]
     target: str | None
@@ -178,6 +219,11 @@ class Manifest(_Record):
             if step.denoiser not in self.denoisers:
                 raise ValueError(f"schedule: no denoiser {step.denoiser!r}")
         return self
+
+    @property
+    def config(self) -> NetworkConfig:
+        """The diffusers config of the first denoiser, or the only one."""
+        return self.denoisers[min(self.denoisers)].config
 
     def to_json(self) -> str:
         """The text of `manifest.json`."""

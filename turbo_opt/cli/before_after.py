@@ -40,7 +40,7 @@ def warm_up(models: list[LoadedArtifact]) -> None:
     from turbo_opt.runtime.generate import clip_options, decode
 
     for model in models:
-        options = clip_options(model)
+        options = clip_options(model.manifest)
         pipeline = load_components(model)
         pipeline.vae.to(model.device)
         for network in model.transformers.values():

@@ -148,7 +148,7 @@ def _write(
     from turbo_opt.runtime.generate import clip_options
     from turbo_opt.runtime.video import write_video
 
-    options = clip_options(artifact)
+    options = clip_options(artifact.manifest)
     for name, clip in clips.items():
         write_video(clip, out / f"{name}.mp4", options.fps)
     data, added = report_data(artifact.manifest), report_entries(record)

@@ -62,12 +62,17 @@ def generate(
         raise BadInput("--fps nan: must be above 0 and at most 1000")
     out = out.expanduser()
     _check_file(out)
-    from turbo_opt.artifact.load import load
-    from turbo_opt.runtime.generate import clip_options
+    from turbo_opt.artifact.load import load, read_limits
+    from turbo_opt.artifact.manifest import read_manifest
+    from turbo_opt.runtime.generate import check_clip, clip_options
     from turbo_opt.runtime.video import write_video
 
     device = resolve_device(device)
-    fps = given.pop("fps")
+    artifact = artifact.expanduser()
+    manifest = read_manifest(artifact)
+    options = clip_options(manifest, **given)
+    check_clip(artifact, manifest, read_limits(artifact, manifest), options, components)
+    del given["fps"]
     session.when_stopped = f"; {out} was not written"
     with Board(session) as board:
         with board.step(f"load {artifact}"):
@@ -76,7 +81,6 @@ def generate(
         started = time.perf_counter()
         frames = loaded.generate(prompt, seed=seed, progress=stages, **given)
         seconds = time.perf_counter() - started
-        options = clip_options(loaded, fps=fps, **given)
         write_video(frames, out, options.fps)
     count, height, width, _ = frames.shape
     record = {

@@ -213,9 +213,6 @@ class Recipe(_Section):
         "`optional: true` beside it where matching nothing is fine.",
     )
     verify: Verify = Field(default_factory=Verify, description="How passes are checked.")
-    calibration: dict[str, Any] | None = Field(
-        default=None, description="Settings of `turbo-opt calibrate` for this model."
-    )
     generate: Generate = Field(default_factory=Generate, description="Defaults of generation.")
 
     _origin: _Folders = PrivateAttr(default_factory=_Folders)

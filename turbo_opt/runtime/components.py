@@ -12,26 +12,26 @@ from turbo_opt.errors import BadInput
 
 if TYPE_CHECKING:
     from turbo_opt.artifact.load import LoadedArtifact
+    from turbo_opt.artifact.manifest import ComponentsRecord
 
 
-def components_folder(artifact: LoadedArtifact) -> Path:
-    """The diffusers folder of an artifact: the one given to `load`, else the recorded one.
+def components_folder(path: Path, recorded: ComponentsRecord, given: str | None) -> Path:
+    """The diffusers folder of the artifact at `path`: the one given, else the recorded one.
 
     Raises:
         BadInput: it is not where it was, and cannot be had from the hub.
     """
     from turbo_opt.capture.folder import find_source
 
-    recorded = artifact.manifest.components
-    if artifact.components is not None:
-        return find_source(artifact.components)
+    if given is not None:
+        return find_source(given)
     if recorded.found_at is not None and Path(recorded.found_at).is_dir():
         return find_source(recorded.found_at)
     try:
         return find_source(recorded.source)
     except BadInput as error:
         raise BadInput(
-            f"{artifact.path}: text encoder and VAE come from {recorded.source!r}, which is not "
+            f"{path}: text encoder and VAE come from {recorded.source!r}, which is not "
             f"here ({error}); name the diffusers folder: load(path, components=...)"
         ) from None
 
@@ -73,7 +73,7 @@ def _read(artifact: LoadedArtifact) -> Any:
     cls = getattr(diffusers, name, None) if name.startswith("Wan") else None
     if cls is None or not issubclass(cls, diffusers.DiffusionPipeline):
         raise BadInput(f"{artifact.path}: diffusers has no Wan pipeline {name!r}")
-    folder = components_folder(artifact)
+    folder = components_folder(artifact.path, artifact.manifest.components, artifact.components)
     dtypes = {"default": artifact.dtype, "vae": torch.float32}
     absent = dict.fromkeys(artifact.transformers)
     try:

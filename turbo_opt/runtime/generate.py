@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from turbo_opt.errors import BadInput, TurboOptError
 from turbo_opt.runtime.components import components_folder, load_components
-from turbo_opt.runtime.limits import Granularity, check_size
+from turbo_opt.runtime.limits import Granularity, LatentLimits, check_size
 from turbo_opt.runtime.sampler import initial_latents, sample
 
 if TYPE_CHECKING:
     from turbo_opt.artifact.load import LoadedArtifact
+    from turbo_opt.artifact.manifest import Manifest
 
 Progress = Callable[[str, int, int], None]
 """Told (stage, done, in all); the stages are `text`, `denoise` and `decode`."""
@@ -39,13 +41,36 @@ class ClipOptions:
     max_sequence_length: int = 512
 
 
-def clip_options(artifact: LoadedArtifact, **given: Any) -> ClipOptions:
+def clip_options(manifest: Manifest, **given: Any) -> ClipOptions:
     """Options of a clip: those given (None is not), then the recipe's `generate`, then 480p."""
-    recipe = artifact.manifest.recipe.get("generate") or {}
+    recipe: Mapping[str, Any] = manifest.recipe.get("generate") or {}
     names = {field.name for field in fields(ClipOptions)}
     chosen = {key: value for key, value in recipe.items() if key in names and value is not None}
     chosen |= {key: value for key, value in given.items() if value is not None}
     return replace(ClipOptions(), **chosen)
+
+
+def check_clip(
+    path: Path,
+    manifest: Manifest,
+    limits: LatentLimits,
+    options: ClipOptions,
+    components: str | None = None,
+) -> Granularity:
+    """How pixels of a clip that an artifact can make map to latents.
+
+    Args:
+        path: of the artifact.
+        components: diffusers folder with the VAE, if not the recorded one.
+
+    Raises:
+        BadInput: the model takes no such size, is conditioned on images, or its VAE is not there.
+    """
+    _check_text_only(path, manifest)
+    folder = components_folder(path, manifest.components, components)
+    grain = Granularity.of(folder / "vae", manifest.config)
+    check_size(options.height, options.width, options.num_frames, grain, limits)
+    return grain
 
 
 def generate(
@@ -76,16 +101,16 @@ def generate(
             VAE are not there; before any work.
     """
     options = clip_options(
-        artifact,
+        artifact.manifest,
         negative_prompt=negative_prompt,
         height=height,
         width=width,
         num_frames=num_frames,
         max_sequence_length=max_sequence_length,
     )
-    _check_text_only(artifact)
-    grain = Granularity.of(components_folder(artifact) / "vae", artifact.config)
-    check_size(options.height, options.width, options.num_frames, grain, artifact.limits)
+    grain = check_clip(
+        artifact.path, artifact.manifest, artifact.limits, options, artifact.components
+    )
     pipeline, device = load_components(artifact), artifact.device
 
     progress("text", 0, 1)
@@ -161,11 +186,11 @@ def decode(pipeline: Any, latents: Tensor) -> np.ndarray:
     return (frames * 255).round().astype(np.uint8)  # type: ignore[no-any-return]
 
 
-def _check_text_only(artifact: LoadedArtifact) -> None:
-    pipeline_class = artifact.manifest.components.pipeline_class
+def _check_text_only(path: Path, manifest: Manifest) -> None:
+    pipeline_class = manifest.components.pipeline_class
     if pipeline_class != "WanPipeline":
         raise BadInput(
-            f"{artifact.path}: a {pipeline_class} needs more than a prompt; use "
+            f"{path}: a {pipeline_class} needs more than a prompt; use "
             "turbo_opt.load(path).as_pipeline() and call it as in diffusers, with image=... or "
             "video=..."
         )

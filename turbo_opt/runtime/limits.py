@@ -65,12 +65,34 @@ class Granularity:
 def latent_limits(exported: ExportedProgram, config: Mapping[str, Any]) -> LatentLimits:
     """The largest latents that a graph was captured for and its rotary table reaches."""
     nodes = {str(node.target): node.meta["val"] for node in user_inputs(exported)}
+    sides = [
+        side.node.expr if isinstance(side, torch.SymInt) else side
+        for side in nodes["hidden_states"].shape[2:]
+    ]
+    bounds = {
+        str(size): int(bound.upper)
+        for size, bound in exported.range_constraints.items()
+        if bound.upper.is_Integer
+    }
+    return limits_of_sides(sides, bounds, config)
+
+
+def limits_of_sides(
+    sides: Sequence[Any], bounds: Mapping[str, int], config: Mapping[str, Any]
+) -> LatentLimits:
+    """The largest latents.
+
+    Args:
+        sides: frames, height and width of the latents of a graph, as numbers or sympy expressions.
+        bounds: expression, as text → its largest value, where it has one.
+        config: of the transformer.
+    """
     rope = config.get("rope_max_seq_len", _ROPE_LENGTH)
-    sides = []
-    for side, patch in zip(nodes["hidden_states"].shape[2:], config["patch_size"], strict=True):
-        captured = _upper(side, exported)
-        sides.append(min(rope * patch, captured or rope * patch))
-    return LatentLimits(*sides)
+    largest = []
+    for side, patch in zip(sides, config["patch_size"], strict=True):
+        captured = _upper(side, bounds)
+        largest.append(min(rope * patch, captured or rope * patch))
+    return LatentLimits(*largest)
 
 
 def check_size(
@@ -112,14 +134,10 @@ def _nearest(value: int, first: int, step: int, most: int) -> str:
     return str(below) if above == below or value < first else f"{below} or {above}"
 
 
-def _upper(side: Any, exported: ExportedProgram) -> int | None:
-    if not isinstance(side, torch.SymInt):
-        return int(side)
-    expression = side.node.expr
-    bounds = exported.range_constraints
-    if expression in bounds:
-        return int(bounds[expression].upper)
-    symbols = {
-        symbol: bounds[symbol].upper for symbol in expression.free_symbols if symbol in bounds
-    }
-    return int(expression.subs(symbols)) if len(symbols) == len(expression.free_symbols) else None
+def _upper(side: Any, bounds: Mapping[str, int]) -> int | None:
+    if isinstance(side, int):
+        return side
+    if str(side) in bounds:
+        return bounds[str(side)]
+    known = {symbol: bounds[str(symbol)] for symbol in side.free_symbols if str(symbol) in bounds}
+    return int(side.subs(known)) if len(known) == len(side.free_symbols) else None

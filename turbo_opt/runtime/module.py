@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from turbo_opt.ir.edit import copy_exported, parameter_names, user_inputs
 from turbo_opt.ir.stages import StageInputs, writes_in_place
@@ -53,16 +53,14 @@ def executable(
             graph.erase_node(node)
         elif node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
             node.args = (None,)
-    module = GraphModule(root, graph)
-    _send_factories_to(module, device)
-    return module
+    _send_factories_to(graph, device)
+    return GraphModule(root, graph)
 
 
-def _send_factories_to(module: GraphModule, device: torch.device) -> None:
-    for node in module.graph.nodes:
+def _send_factories_to(graph: Graph, device: torch.device) -> None:
+    for node in graph.nodes:
         if node.op == "call_function" and "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": device}
-    module.recompile()
 
 
 def _set_weight(root: nn.Module, name: str, value: Tensor) -> None:
@@ -166,7 +164,8 @@ class CompiledTransformer(nn.Module):
         self._staged = None
         self.loop_graph_status = _NOT_SAMPLED
         super()._apply(move, recurse)
-        _send_factories_to(self.graph, self.device)
+        _send_factories_to(self.graph.graph, self.device)
+        self.graph.recompile()
         return self
 
     def forward(
