@@ -132,7 +132,11 @@ class Batches:
             sample = self._read(order[(place + offset) % count])
             if sample is not None:
                 return sample
-        raise BadInput(f"{self._samples.path}: no sample can be read")
+        raise BadInput(
+            f"{self._samples.path}: none of {count} samples can be read "
+            f"({self._samples.some_broken(self._numbers)}); data.held_out takes the last of the "
+            "set to measure with, the others are trained on"
+        )
 
     def _read(self, number: int) -> Sample | None:
         return self._samples.read(number) if self._kept is None else self._kept.get(number)

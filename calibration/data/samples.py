@@ -13,6 +13,7 @@ finite or cut off is broken. Broken samples are skipped, up to a share.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -174,11 +175,15 @@ class SampleSet:
         """Raise BadInput if more samples are broken than is put up with."""
         if len(self.broken) <= self.broken_share * len(self):
             return
-        named = [f"{self.name(i)}: {why}" for i, why in list(self.broken.items())[:_NAMED]]
         raise BadInput(
             f"{self.path}: at least {len(self.broken)} of {len(self)} samples are broken, "
-            f"data.broken_share allows {self.broken_share:.0%} ({'; '.join(named)})"
+            f"data.broken_share allows {self.broken_share:.0%} ({self.some_broken(self.broken)})"
         )
+
+    def some_broken(self, numbers: Iterable[int]) -> str:
+        """The first of these samples that are broken, and why."""
+        found = [number for number in numbers if number in self.broken][:_NAMED]
+        return "; ".join(f"{self.name(number)}: {self.broken[number]}" for number in found)
 
     def _skip(self, number: int, reason: str) -> None:
         self.broken[number] = reason

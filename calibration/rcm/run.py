@@ -52,8 +52,7 @@ def train_rcm(
             f"teacher.source: {parts.teacher.pipeline.path} has two denoisers; a student is "
             "sampled from pure noise to a clip by one, so only models of one are distilled"
         )
-    if job.sla is not None:
-        check_start(job.sla, parts.start)
+    check_start(job.sla, parts.start, say)
     empty_prompt = _empty_prompt(job, parts.samples)
 
     def slow_down_fake_score(trainer: Trainer) -> None:

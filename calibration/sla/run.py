@@ -136,7 +136,7 @@ def _solve(
 def _open(job: SLAJob, say: Say = unheard) -> Parts[SLAJob]:
     """Everything that can be wrong, before any weight is read."""
     parts = open_parts(job, job.student.start, say)
-    check_start(job.sla, parts.start)
+    check_start(job.sla, parts.start, say)
     companions = tuple(
         open_denoiser(each.source, job.teacher.denoiser, job.folder) for each in job.companions
     )

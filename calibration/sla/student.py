@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from turbo_opt.calibration.jobs.schema import SparseLinear
 from turbo_opt.calibration.networks import DenoiserFolder
+from turbo_opt.calibration.places import Say, unheard
 from turbo_opt.calibration.sla.attention import Sparsity, linear_branch, sparse_branch
 from turbo_opt.calibration.sla2.router import ROUTER, add_routers, attend_routed, router_names
 from turbo_opt.calibration.training.context import heads_to_tokens, tokens_to_heads
@@ -83,11 +84,25 @@ def initial_values(settings: SparseLinear, config: Mapping[str, Any]) -> dict[st
     return zero_projections(config) if settings.mode == "sla" else {}
 
 
-def check_start(settings: SparseLinear, start: DenoiserFolder) -> None:
-    """Raise BadInput if a student of SLA2 would start without a router. Reads no weights."""
-    if settings.mode != "sla2":
-        return
+def check_start(settings: SparseLinear | None, start: DenoiserFolder, say: Say = unheard) -> None:
+    """See that a student can start from a model. Reads no weights.
+
+    Args:
+        settings: of its attention; None is dense.
+        say: told of weights that the student has no place for.
+
+    Raises:
+        BadInput: a student of SLA2 would start without a router.
+    """
     stored = open_checkpoint(start.path, {}, {}).unread
+    mode = "dense" if settings is None else settings.mode
+    if useless := [name for name in stored if _is_left_out(name, mode)]:
+        say(
+            f"student.start: {start.path} is tuned for another attention than this job's ({mode}): "
+            f"{len(useless)} of its weights are left out, {useless[0]} the first"
+        )
+    if mode != "sla2":
+        return
     missing = [name for name in router_names(start.config) if name not in stored]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -95,6 +110,12 @@ def check_start(settings: SparseLinear, start: DenoiserFolder) -> None:
             f"student.start: {start.path} has no {missing[0]}{more}; sla.mode sla2 starts from the "
             "`model` folder that `turbo-opt calibrate router` writes"
         )
+
+
+def _is_left_out(name: str, mode: str) -> bool:
+    """Whether a student of that mode has no such weight, one of sparse attention."""
+    projection, routed = f".attn1.{PROJECTION}." in name, f".{ROUTER}." in name
+    return (projection and mode != "sla") or (routed and mode != "sla2")
 
 
 def check_dense(folder: DenoiserFolder) -> None:

@@ -51,6 +51,19 @@ def test_a_broken_sample_is_replaced_by_the_next(samples_folder) -> None:
     assert batches(folder).at(range(6)).names == (*whole[:2], whole[3], *whole[3:])
 
 
+def test_held_out_samples_that_are_all_broken_are_named(samples_folder) -> None:
+    folder = samples_folder()
+    for number in (6, 7):
+        (folder / f"{number:06d}.safetensors").write_bytes(b"")
+    samples = SampleSet.open(folder, 0.5)
+    measured = Batches(samples, split(samples, 2)[1], 0, CPU, unconditional=False)
+    told = (
+        r"none of 2 samples can be read \(000006.safetensors: .*; 000007.*\); data.held_out takes"
+    )
+    with pytest.raises(BadInput, match=told):
+        measured.at([0], shuffled=False)
+
+
 def test_a_share_of_prompts_is_the_empty_one(home: Path) -> None:
     batch = batches(home / "samples").at(range(64))
     assert torch.equal(batch.with_empty_prompts(0.0), batch.prompt_embeds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import torch
 from safetensors import safe_open
 
 from turbo_opt.calibration.jobs.load import load_job
-from turbo_opt.calibration.jobs.schema import SLAJob
+from turbo_opt.calibration.jobs.schema import SLAJob, SparseLinear
 from turbo_opt.calibration.networks import build_network, open_denoiser
 from turbo_opt.calibration.sla.run import solve_sla, train_sla
-from turbo_opt.calibration.sla.student import self_attentions
+from turbo_opt.calibration.sla.student import check_start, self_attentions
 from turbo_opt.calibration.training.world import World
 from turbo_opt.capture.checkpoint import open_checkpoint
 from turbo_opt.errors import BadInput
@@ -83,10 +84,23 @@ def test_the_compiler_finds_the_projections(tuned: Path) -> None:
 def test_a_tuned_model_is_where_the_next_job_starts(home: Path, tuned: Path, tmp_path) -> None:
     report = json.loads((tuned / "report.json").read_text())
     job = job_of(home, f"student.start={tuned / 'model'}", "training.steps=1")
-    again = train_sla(job, tmp_path / "out", ALONE, progress=quiet)
+    said: list[str] = []
+    again = train_sla(job, tmp_path / "out", ALONE, progress=quiet, say=said.append)
     assert again["before"]["held_out_loss"] == pytest.approx(
         report["after"]["held_out_loss"], rel=0.1
     )
+    assert said == []
+
+
+@pytest.mark.parametrize("settings", [None, SparseLinear(mode="sla2", topk=0.25)])
+def test_weights_that_a_student_has_no_place_for_are_said(tuned: Path, settings) -> None:
+    said: list[str] = []
+    start = open_denoiser(str(tuned / "model"), "transformer")
+    with contextlib.suppress(BadInput):  # of SLA2, whose router is missing
+        check_start(settings, start, said.append)
+    mode = "sla2" if settings else "dense"
+    assert f"another attention than this job's ({mode}): " in said[0]
+    assert "of its weights are left out, blocks.0.attn1.proj_l" in said[0]
 
 
 def test_only_the_projections_are_trained_if_asked(home: Path, tmp_path: Path) -> None:
