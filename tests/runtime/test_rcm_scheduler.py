@@ -77,6 +77,44 @@ def test_a_schedule_of_ours_follows_its_steps_through_the_pipeline_too() -> None
     assert torch.equal(found, expected)
 
 
+def test_a_pipelines_generator_settles_the_clip() -> None:
+    pipeline = _pipeline()
+    embeds, _ = pipeline.encode_prompt("a red circle", max_sequence_length=64)
+
+    def clip(seed: int) -> Tensor:
+        frames: Tensor = pipeline(
+            prompt_embeds=embeds, generator=torch.Generator().manual_seed(seed), height=32,
+            width=48, num_frames=5, num_inference_steps=4, guidance_scale=1.0,
+            output_type="latent",
+        ).frames  # fmt: skip
+        return frames
+
+    first, again, other = clip(4), clip(4), clip(5)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=0.1)
+
+
+def test_noise_of_the_steps_is_new_at_each_and_follows_from_the_first_sample() -> None:
+    def noises(x: Tensor) -> list[Tensor]:
+        scheduler, found = RCMScheduler(), []
+        for step in range(3):  # no prediction: what is left of x is the times' doing
+            moved = scheduler.step(torch.zeros_like(x), None, x).prev_sample
+            time = float(scheduler.sigmas[step + 1])
+            found.append((moved - (1 - time) * x) / time)
+            x = moved
+        return found
+
+    x = torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    first, again = noises(x), noises(x.clone())
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    for noise in first:
+        assert abs(float(noise.mean())) < 0.1 and 0.9 < float(noise.std()) < 1.1
+    assert (
+        torch.corrcoef(torch.stack([noise.flatten() for noise in first])).tril(-1).abs().max() < 0.1
+    )
+    assert not torch.equal(noises(x + 1e-6)[0], first[0])
+
+
 def test_timesteps_and_noise_level_follow_the_number_of_steps() -> None:
     scheduler = RCMScheduler(sigma_max=200.0)
     assert scheduler.init_noise_sigma == pytest.approx(200 / 201)

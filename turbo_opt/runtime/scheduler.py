@@ -8,6 +8,7 @@ Pipelines of Wan draw unit noise and leave it so: pass `latents=noise * schedule
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +53,8 @@ class _StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         init_noise_sigma: standard deviation of the first x.
         timesteps: what the network is given at each step, float32.
         sigmas: the times of the steps and the last next time, float64.
-        generator: source of the noise that steps add where `step` is given none.
+        generator: source of the noise that steps add where `step` is given none; None: one whose
+            seed follows from the first sample, so that a pipeline's own generator settles the clip.
     """
 
     order = 1
@@ -64,6 +66,7 @@ class _StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._index = 0
         self._given: tuple[Tensor, int | None] | None = None
         self._exact: Tensor | None = None
+        self._seeded: torch.Generator | None = None
         self.num_inference_steps = len(steps)
         self.timesteps = torch.tensor([step.timestep for step in steps], device=device)
         self.sigmas = torch.tensor(times, dtype=torch.float64)
@@ -90,13 +93,15 @@ class _StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             model_output: the network's velocity.
             timestep: that of the step; it is not looked at.
             sample: x before the step.
-            generator: source of the noise that the SDE rule adds; by default the scheduler's own
-                `generator`, else torch's.
+            generator: source of the noise that the SDE rule adds; by default the scheduler's own.
         """
         step = self._steps[self._index]
         self._index += 1
+        generator = generator or self.generator
+        if generator is None and step.rule == "rcm-sde":
+            self._seeded = generator = self._seeded or _seeded_by(sample)
         x = self._unrounded(sample)
-        exact = advance(step, model_output, x, drawn_noise(step, x, generator or self.generator))
+        exact = advance(step, model_output, x, drawn_noise(step, x, generator))
         moved = exact.to(sample.dtype)
         self._given, self._exact = (moved, _version(moved)), exact
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
@@ -107,6 +112,12 @@ class _StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         given, version = self._given
         unchanged = sample is given and version is not None and _version(sample) == version
         return self._exact if unchanged else sample
+
+
+def _seeded_by(sample: Tensor) -> torch.Generator:
+    """A generator on the sample's device whose seed is a sum over its values."""
+    values = sample.detach().float().cpu().numpy()
+    return torch.Generator(sample.device).manual_seed(zlib.crc32(values.tobytes()))
 
 
 def _version(tensor: Tensor) -> int | None:
