@@ -6,10 +6,16 @@ write   FILE.safetensors  diffusers' names
         FILE.pth          the original Wan's names, the patch embedding as a linear layer, as
                           TurboDiffusion and rCM read them
         FOLDER.dcp        DCP, diffusers' names
+
+What the weights say of themselves, such as that they are a distilled student and by which noise
+level it is sampled, goes with them: into the metadata of a safetensors file; beside a `.pth`, which
+has no place for it that is safe to read, into FILE.json; into distillation.json in a DCP folder. Of
+a training's checkpoint the job tells it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,14 +27,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 
-from turbo_opt.artifact.staging import sync
+from turbo_opt.artifact.staging import sync, write_synced
 from turbo_opt.calibration.data.samples import EMPTY_PROMPT, INDEX, LATENTS
+from turbo_opt.calibration.training.checkpoints import RECORD, read_record
 from turbo_opt.calibration.training.dcp import METADATA, read_metadata, read_tensors
 from turbo_opt.checkpoints.names import diffusers_name, original_name, without_prefix
+from turbo_opt.checkpoints.places import STUDENT_NOTE
 from turbo_opt.checkpoints.reader import read_network
+from turbo_opt.checkpoints.student import METHOD, Record, first_declaration, notes_beside
 from turbo_opt.errors import BadInput, unknown
 
 _MODEL, _AVERAGE = "model.", "average."
+_STUDENT = "student"
+_DISTILLS = "rcm"
+"""The job whose student is sampled in few steps, and its section."""
 _PATCH_EMBEDDING = "patch_embedding.weight"
 _PATCH = (1, 2, 2)
 """Frames, rows and columns of a patch, in every Wan."""
@@ -39,7 +51,7 @@ _HOLD_WEIGHTS = (
 )
 
 
-def convert(source: Path, out: Path, network: str = "student", average: bool = True) -> int:
+def convert(source: Path, out: Path, network: str = _STUDENT, average: bool = True) -> int:
     """Write the weights of `source` as `out`, by its suffix; returns how many tensors.
 
     Args:
@@ -47,19 +59,23 @@ def convert(source: Path, out: Path, network: str = "student", average: bool = T
         average: of a training checkpoint, its moving average where it has one.
 
     Raises:
-        BadInput: it cannot be read, has names that the other layout has no word for, or `out` is
-            there already.
+        BadInput: it cannot be read, has names that the other layout has no word for, what it says
+            of itself is malformed, or `out` is there already.
     """
     check_destination(out)
     values = read_weights(source, network, average)
+    said = _said(source, network)
     partial = out.with_name(f".{out.name}.partial")
     if out.suffix == ".dcp":
         shutil.rmtree(partial, ignore_errors=True)
         dcp.save(dict(values), storage_writer=FileSystemWriter(partial), no_dist=True)
+        _write_note(partial / STUDENT_NOTE, said)
     elif out.suffix == ".pth":
         torch.save(as_original(values), partial)
+        # First: without it the file would be taken for what it is not.
+        _write_note(_note_of(out), said)
     else:
-        save_file(values, partial, metadata={"format": "pt"})
+        save_file(values, partial, metadata={"format": "pt", **said})
         partial.chmod(0o644)  # safetensors files are born private
     if partial.is_file():  # the folder's files are on disk
         sync(partial)
@@ -74,9 +90,14 @@ def check_destination(out: Path) -> None:
         raise BadInput(f"{out}: cannot write {out.suffix or 'no suffix'!r}; use {_listed()}")
     if os.path.lexists(out):
         raise BadInput(f"{out}: exists already")
+    if out.suffix == ".pth" and os.path.lexists(_note_of(out)):
+        raise BadInput(
+            f"{_note_of(out)}: exists already, and would count as what {out.name} says of itself; "
+            "move it, or choose another name"
+        )
 
 
-def read_weights(source: Path, network: str = "student", average: bool = True) -> dict[str, Tensor]:
+def read_weights(source: Path, network: str = _STUDENT, average: bool = True) -> dict[str, Tensor]:
     """The weights of one network under diffusers' names, on the CPU.
 
     Raises:
@@ -85,8 +106,7 @@ def read_weights(source: Path, network: str = "student", average: bool = True) -
     if any((source / name).is_file() for name in (INDEX, EMPTY_PROMPT)):
         raise BadInput(f"{source}: is a set of samples to learn from; {_HOLD_WEIGHTS}")
     if not (source / METADATA).is_file():
-        place = source / "transformer" if (source / "transformer").is_dir() else source
-        tensors = read_network(place).tensors
+        tensors = read_network(_network_in(source)).tensors
         if LATENTS in tensors:
             raise BadInput(f"{source}: is a sample, with the latents of a clip; {_HOLD_WEIGHTS}")
         found = {name: lazy.load() for name, lazy in tensors.items()}
@@ -116,6 +136,51 @@ def as_original(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
             value = value.flatten(1)
         found[original] = value.contiguous()
     return found
+
+
+def _said(source: Path, network: str) -> dict[str, str]:
+    """What `source` says of the weights of one network, text by name.
+
+    Raises:
+        BadInput: it is malformed.
+    """
+    if (source / METADATA).is_file():
+        place, metadata = source, {}
+        records = _said_by_job(source, network)
+    else:
+        place = _network_in(source)
+        metadata = dict(read_network(place).metadata)
+        metadata.pop("format", None)
+        records = [(place, metadata)]
+    found = first_declaration([*records, *notes_beside(place)])
+    return metadata | found[1].as_metadata() if found else metadata
+
+
+def _said_by_job(checkpoint: Path, network: str) -> list[Record]:
+    """What the job of a checkpoint says that `network` is; nothing where none of ours wrote it."""
+    if network != _STUDENT or not (checkpoint / RECORD).is_file():
+        return []
+    identity = read_record(checkpoint).get("identity")
+    if not isinstance(identity, dict) or identity.get("job") != _DISTILLS:
+        return []
+    settings = identity.get(_DISTILLS)
+    sigma_max = settings.get("sigma_max") if isinstance(settings, dict) else None
+    return [(checkpoint / RECORD, {"distillation": METHOD, "sigma_max": sigma_max})]
+
+
+def _network_in(source: Path) -> Path:
+    """The denoiser's folder where `source` is a pipeline's, else `source`."""
+    return source / "transformer" if (source / "transformer").is_dir() else source
+
+
+def _note_of(file: Path) -> Path:
+    """Where a file without metadata has what it says of itself."""
+    return file.with_suffix(".json")
+
+
+def _write_note(path: Path, said: Mapping[str, str]) -> None:
+    if said:
+        write_synced(path, json.dumps(said, indent=1).encode())
 
 
 def _as_convolution(name: str, value: Tensor) -> Tensor:

@@ -40,6 +40,11 @@ from turbo_opt.passes._weights import fit_to_graph, learned_shapes, matches_of, 
 _ONLY_IN_BASE = "neither target nor reference has it: it stays as it is"
 _ONLY_IN_REFERENCE = "only the reference has it: it is left out"
 _COMPUTED = "the model computes it itself: it is left out"
+_WHAT_SIDES_ARE = (
+    "target and reference are one network after and before a tuning, with the same of its weights: "
+    "`turbo-opt calibrate sla` writes the target as `model` in its --out, the reference is the "
+    "job's teacher.source, or student.start; a LoRA is given as `loras`"
+)
 _KEPT = "only the target has it: it is kept for passes, and saved only where one reads it"
 
 
@@ -205,10 +210,10 @@ class _Sums:
             if alone:
                 raise BadInput(
                     f"{other.place} lacks {len(alone)} weights that {self._denoiser.name} and "
-                    f"{one.place} have: {listed(alone)}"
+                    f"{one.place} have: {listed(alone)}; {_WHAT_SIDES_ARE}"
                 )
         if not shapes.keys() & target.tensors.keys():
             raise BadInput(
                 f"{target.place} has no weight of {self._denoiser.name}, only the likes of "
-                f"{listed(target.tensors)}"
+                f"{listed(target.tensors)}; {_WHAT_SIDES_ARE}"
             )

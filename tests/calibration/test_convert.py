@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemWriter
 
+from tests.helpers.tiny_folder import shared_folder
 from turbo_opt.calibration.convert import convert, read_weights
+from turbo_opt.calibration.jobs.load import load_job
+from turbo_opt.calibration.jobs.schema import SLAJob
+from turbo_opt.calibration.rcm.schema import RCMJob
+from turbo_opt.calibration.training.identity import identity_of
+from turbo_opt.checkpoints.reader import read_network
+from turbo_opt.checkpoints.student import declared_student
 from turbo_opt.errors import BadInput
 
 TEACHER = "transformer/diffusion_pytorch_model.safetensors"
+KINDS = [".safetensors", ".pth", ".dcp"]
+SAYS = {"distillation": "rcm", "sigma_max": "120.0"}
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +44,30 @@ def write_checkpoint(folder: Path, values: dict[str, torch.Tensor]) -> Path:
     return folder
 
 
+def of_job(checkpoint: Path, name: str, settings: dict[str, object]) -> Path:
+    """The checkpoint, as one of a job."""
+    file = checkpoint.with_suffix(".yaml")
+    said = {"teacher": {"source": str(shared_folder())}, "data": {"folder": "samples"}, **settings}
+    file.write_text(json.dumps({"schema_version": 1, "job": name, **said}))
+    job = load_job(file, RCMJob if name == "rcm" else SLAJob, ["training.steps=9"])
+    record = {"format": 1, "step": 3, "identity": identity_of(job, 4, {})}
+    (checkpoint / "training.json").write_text(json.dumps(record))
+    return checkpoint
+
+
+def stated(place: Path) -> tuple[str, float | None] | None:
+    """What `distill-steps` makes of what weights say of themselves."""
+    student = declared_student(read_network(place))
+    return student and (student.distillation, student.sigma_max)
+
+
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".dcp"])
+@pytest.mark.parametrize("suffix", KINDS)
 def test_there_and_back(weights, tmp_path: Path, suffix: str) -> None:
     checkpoint = write_checkpoint(tmp_path / "step", weights)
     out = tmp_path / f"out{suffix}"
@@ -101,3 +128,73 @@ def test_what_cannot_be_written(weights, home: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"adapter\.down: the original Wan has no such weight"):
         convert(checkpoint, tmp_path / "other.pth")
     assert not (tmp_path / "other.pth").exists()
+
+
+@pytest.mark.parametrize("through", KINDS)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_student_remains_one_in_every_layout(
+    weights, tmp_path: Path, suffix: str, through: str
+) -> None:
+    transformer = tmp_path / "model" / "transformer"
+    transformer.mkdir(parents=True)
+    save_file(weights, transformer / "diffusion_pytorch_model.safetensors", metadata=SAYS)
+    between, out = tmp_path / f"a{through}", tmp_path / f"b{suffix}"
+    convert(tmp_path / "model", between)
+    convert(between, out)
+    assert stated(out) == ("rcm", 120.0)
+    assert_same(read_weights(out), weights)
+
+
+def test_all_that_a_file_says_of_itself_is_kept(weights, tmp_path: Path) -> None:
+    said = {"turbo_opt": '{"steps": 9}', **SAYS}
+    save_file(weights, tmp_path / "made.safetensors", metadata=said)
+    for suffix in KINDS:
+        convert(tmp_path / "made.safetensors", tmp_path / f"out{suffix}")
+    assert read_network(tmp_path / "out.safetensors").metadata == {"format": "pt", **said}
+    assert json.loads((tmp_path / "out.json").read_text()) == said
+    assert json.loads((tmp_path / "out.dcp" / "distillation.json").read_text()) == said
+    torch.load(tmp_path / "out.pth", weights_only=True)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_checkpoint_of_rcm_is_of_a_student(weights, tmp_path: Path, suffix: str) -> None:
+    checkpoint = write_checkpoint(tmp_path / "step", weights)
+    of_job(checkpoint, "rcm", {"rcm": {"sigma_max": 120, "warm_up": 2}})
+    convert(checkpoint, tmp_path / f"student{suffix}")
+    assert stated(tmp_path / f"student{suffix}") == ("rcm", 120.0)
+    convert(checkpoint, tmp_path / f"critic{suffix}", network="critic")
+    assert stated(tmp_path / f"critic{suffix}") is None
+
+
+def test_what_says_nothing_of_itself_is_not_made_a_student(weights, tmp_path: Path) -> None:
+    checkpoint = of_job(write_checkpoint(tmp_path / "step", weights), "sla", {})
+    convert(checkpoint, tmp_path / "sla.pth")
+    convert(checkpoint, tmp_path / "sla.safetensors")
+    assert stated(tmp_path / "sla.safetensors") is None
+    assert read_network(tmp_path / "sla.safetensors").metadata == {"format": "pt"}
+    assert not (tmp_path / "sla.json").exists()
+
+
+def test_what_is_said_beside_the_weights_goes_with_them(weights, tmp_path: Path) -> None:
+    convert(write_checkpoint(tmp_path / "step", weights), tmp_path / "theirs.pth")
+    note = tmp_path / "theirs.json"
+    note.write_text(json.dumps({"distillation": "dmd2", "sigma_max": 9, "by": ["me"]}))
+    convert(tmp_path / "theirs.pth", tmp_path / "out.safetensors")
+    said = read_network(tmp_path / "out.safetensors").metadata
+    assert said == {"format": "pt", "distillation": "dmd2", "sigma_max": "9.0"}
+    for content, message in (
+        ("{", r"theirs\.json: not valid JSON"),
+        ('{"distillation": "rcm", "sigma_max": 0}', r"theirs\.json: sigma_max: .* greater than 0"),
+    ):
+        note.write_text(content)
+        with pytest.raises(BadInput, match=message):
+            convert(tmp_path / "theirs.pth", tmp_path / "other.safetensors")
+    assert not (tmp_path / "other.safetensors").exists()
+
+
+def test_a_json_that_would_speak_for_a_new_pth_is_not_taken_over(weights, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "step", weights)
+    (tmp_path / "out.json").write_text(json.dumps(SAYS))
+    with pytest.raises(BadInput, match=r"out\.json: exists already, and would count as what out"):
+        convert(checkpoint, tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()

@@ -135,6 +135,9 @@ def test_a_source_that_is_not_there_or_not_clear_is_refused(here, ref, denoisers
 def test_one_file_in_a_folder_is_found_several_are_not_guessed(here):
     with pytest.raises(BadInput, match="holds no weights; name one file"):
         files_in(here)
+    (here / ".metadata").write_text("")
+    with pytest.raises(BadInput, match=r"is a DCP checkpoint, .*`turbo-opt calibrate convert /"):
+        files_in(here)
     one = write_safetensors(here / "a.safetensors", WEIGHTS)
     assert files_in(here) == [(one, None)]
     torch.save({}, "b.pth")

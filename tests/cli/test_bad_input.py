@@ -34,8 +34,9 @@ from tests.helpers.tiny_folder import write_tiny_folder
         (["--set", "target=rtx4099"], "unknown target 'rtx4099', did you mean 'rtx4090'?"),
         (
             ["--set", "passes.quantize-linear.scheme=fp8-block"],
-            "cpu cannot run fp8-block, only int8-block",
+            "passes.quantize-linear: cpu cannot run fp8-block, only int8-block",
         ),
+        (["--set", "passes.quantize-linear.skip={names: 3}"], "names: must be a list, got 3"),
         (["--verify", "all", "--no-verify"], "contradict each other"),
         (["--no-cache", "--cache-dir", "here"], "contradict each other"),
         (["--set", "model.source=./nothing"], "no such folder"),

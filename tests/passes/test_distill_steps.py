@@ -162,6 +162,16 @@ def test_what_is_missing_unknown_or_of_another_shape_is_named(
         run(program, ASSUMED, student=path)
 
 
+def test_a_checkpoint_of_a_training_is_refused_with_the_command_that_converts_it(program, tmp_path):
+    place = tmp_path / "step-000003"
+    place.mkdir()
+    (place / ".metadata").touch()
+    message = f"is a DCP checkpoint.*`turbo-opt calibrate convert {place} OUT.safetensors`"
+    for pipeline in (ASSUMED, "merge-weights{target=student reference=student}"):
+        with pytest.raises(BadInput, match=message):
+            run(program, pipeline, student=place)
+
+
 def test_options_are_checked_before_any_work():
     for text, message in (
         ("distill-steps", "required"),

@@ -20,7 +20,9 @@ WeightsRef = str | dict[str, str]
 ADAPTER_CONFIG = "adapter_config.json"
 """What PEFT says of an adapter, beside it."""
 _NETWORKS = ("transformer", "transformer_2")
-_STUDENT_NOTE = "distillation.json"
+STUDENT_NOTE = "distillation.json"
+"""What the weights in a folder say of themselves, beside them."""
+_DCP_METADATA = ".metadata"
 _HUB_FOLDERS = ["transformer/*", "transformer_2/*", "*.json"]
 
 
@@ -80,7 +82,8 @@ def files_in(place: Path) -> list[Shard]:
     """The weight files of one network: a file itself, diffusers' in a folder, or its only one.
 
     Raises:
-        BadInput: there are none, or several that no index ties together.
+        BadInput: there are none, or several that no index ties together, or they are in a DCP
+            folder, which is for `turbo_opt.calibration` to read.
     """
     if place.is_file():
         if not place.name.endswith(FILE_SUFFIXES):
@@ -91,6 +94,11 @@ def files_in(place: Path) -> list[Shard]:
     if holds_weights(place):
         return list(shards(place))
     found = sorted(path for path in place.iterdir() if path.name.endswith(FILE_SUFFIXES))
+    if not found and (place / _DCP_METADATA).is_file():
+        raise BadInput(
+            f"{place}: is a DCP checkpoint, as trainings write them; `turbo-opt calibrate convert "
+            f"{place} OUT.safetensors` makes of it the file to name here"
+        )
     if len(found) != 1:
         names = ", ".join(path.name for path in found[:5])
         raise BadInput(
@@ -102,9 +110,9 @@ def files_in(place: Path) -> list[Shard]:
 
 def student_notes(place: Path) -> list[Path]:
     """JSON files that may say of the weights in `place` that they are distilled."""
-    beside = [place / _STUDENT_NOTE] if place.is_dir() else [place.with_suffix(".json")]
+    beside = [place / STUDENT_NOTE] if place.is_dir() else [place.with_suffix(".json")]
     if place.name in _NETWORKS:
-        beside.append(place.parent / _STUDENT_NOTE)
+        beside.append(place.parent / STUDENT_NOTE)
     return [path for path in beside if path.is_file()]
 
 

@@ -7,6 +7,10 @@ its safetensors file, or in a JSON object beside it: `student.json` for `student
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
 from pydantic import BaseModel, Field, ValidationError
 
 from turbo_opt.checkpoints.places import student_notes
@@ -28,6 +32,14 @@ class Student(BaseModel):
     distillation: str
     sigma_max: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
+    def as_metadata(self) -> dict[str, str]:
+        """The same as text by name, as the metadata of a file has it."""
+        return {key: str(value) for key, value in self.model_dump(exclude_none=True).items()}
+
+
+Record = tuple[Path, Mapping[str, Any]]
+"""What is said of weights by name, and where it is said."""
+
 
 def declared_student(weights: NetworkWeights) -> Student | None:
     """What the weights say of themselves; None where they do not say that they are distilled.
@@ -35,19 +47,39 @@ def declared_student(weights: NetworkWeights) -> Student | None:
     Raises:
         BadInput: the declaration is malformed, or of a method that cannot be sampled.
     """
-    notes = [(path, read_json(path)) for path in student_notes(weights.place)]
-    for place, record in [(weights.place, weights.metadata), *notes]:
+    found = first_declaration([(weights.place, weights.metadata), *notes_beside(weights.place)])
+    if found is None:
+        return None
+    place, student = found
+    if student.distillation != METHOD:
+        raise BadInput(
+            f"{place}: is distilled by {student.distillation!r}; only {METHOD!r} is known"
+        )
+    return student
+
+
+def first_declaration(records: Iterable[Record]) -> tuple[Path, Student] | None:
+    """The first of the records by which weights are distilled, by whatever method; None: none is.
+
+    Raises:
+        BadInput: it is malformed.
+    """
+    for place, record in records:
         if "distillation" not in record:
             continue
         try:
-            student = Student.model_validate(record)
+            return place, Student.model_validate(record)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             key = ".".join(map(str, problem["loc"]))
             raise BadInput(f"{place}: {key}: {problem['msg']}, got {problem['input']!r}") from None
-        if student.distillation != METHOD:
-            raise BadInput(
-                f"{place}: is distilled by {student.distillation!r}; only {METHOD!r} is known"
-            )
-        return student
     return None
+
+
+def notes_beside(place: Path) -> list[Record]:
+    """What JSON files beside the weights in `place` say.
+
+    Raises:
+        BadInput: one is no JSON object.
+    """
+    return [(path, read_json(path)) for path in student_notes(place)]

@@ -52,7 +52,7 @@ def validate_pipeline(
         _check_order(spec, pass_class, facts, specs[position + 1 :])
         objection = pass_class.objection_to(options, target) if target is not None else None
         if objection is not None:
-            raise spec.error(f"{spec.name}: {objection}")
+            raise spec.error(objection)
         facts = facts_after(pass_class, facts)
         planned.append(PlannedPass(spec, pass_class, options, target, checkpoints or {}))
     return planned

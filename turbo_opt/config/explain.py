@@ -75,6 +75,8 @@ def _problem(model: type[BaseModel], detail: ErrorDetails, data: Any, kind: str)
     context = detail.get("ctx", {})
     if detail["type"] in ("literal_error", "enum"):
         return Problem(path, _not_allowed(value, str(context["expected"])))
+    if detail["type"] in ("tuple_type", "list_type"):  # both are lists in YAML
+        return Problem(path, f"must be a list, got {_short(value)}")
     if "error" in context:
         return Problem(path, str(context["error"]))
     message = detail["msg"].replace("Input should be", "must be")
