@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ from turbo_opt.calibration.places import (
 from turbo_opt.calibration.training.logs import check_tensorboard
 from turbo_opt.calibration.training.loop import Trainer, micro_batch
 from turbo_opt.calibration.training.objective import Objective
+from turbo_opt.calibration.training.trainee import norm_of
 from turbo_opt.calibration.training.world import World
+from turbo_opt.errors import TurboOptError
 from turbo_opt.ir.schedule import Schedule
 from turbo_opt.kernels.whole_file import write_whole
 
@@ -122,7 +125,7 @@ def train(
     Raises:
         BadInput: the job does not fit the processes, or may not have the folder; nothing was
             written.
-        TurboOptError: the loss or a gradient is not finite.
+        TurboOptError: a loss, a gradient or a weight is not finite; no model was written.
     """
     job = parts.job
     micro_batch(job, world)
@@ -193,9 +196,23 @@ def export(
     world: World,
     declared: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the model and the report. All processes call."""
+    """Write the model and the report. All processes call.
+
+    Raises:
+        TurboOptError: a weight or a number of the report is not finite; nothing was written.
+    """
+    if not math.isfinite(norm_of(values)):
+        raise TurboOptError(
+            f"{out / MODEL}: not written, as its weights, or their squares, are not finite"
+        )
+    try:
+        text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    except ValueError:
+        raise TurboOptError(
+            f"{out / MODEL}: not written, as a number of its {REPORT} is not finite: {report}"
+        ) from None
     dtype = getattr(torch, parts.job.export.dtype)
     record = {"job": parts.job.canonical(), "report": report}
     export_model(parts.teacher, values, out / MODEL, dtype, record, world, declared=declared)
     if world.is_main:
-        write_whole(out / REPORT, json.dumps(report, indent=1) + "\n")
+        write_whole(out / REPORT, text)

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from turbo_opt.artifact.staging import sync, write_synced
 from turbo_opt.calibration.jobs.schema import Saving
-from turbo_opt.calibration.training.dcp import read_metadata, read_tensors
+from turbo_opt.calibration.training.dcp import Damaged, read_metadata, read_tensors, reason
 from turbo_opt.calibration.training.world import World
 from turbo_opt.errors import BadInput, TurboOptError
 
@@ -109,13 +109,32 @@ class Checkpoints:
             raise BadInput(f"{pointer}: names {name!r}, which is no checkpoint in {self.folder}")
         return self.folder / name
 
+    def way_around(self, path: Path) -> str:
+        """How to go on without this checkpoint: from the newest whole one before it."""
+        older = [
+            item
+            for item in self.folder.iterdir()
+            if _NAME.fullmatch(item.name) and step_of(item) < step_of(path)
+        ]
+        for item in sorted(older, key=step_of, reverse=True):
+            with contextlib.suppress(BadInput):
+                read_record(item)
+                return (
+                    f"write {item.name} into {self.folder / LATEST}, and --resume goes on from "
+                    "the checkpoint before it"
+                )
+        return "there is no checkpoint before it: begin anew in another folder"
+
     def load(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Fill the tensors from a checkpoint. All processes call.
 
         Raises:
             BadInput: it is not whole, damaged, or of another model.
         """
-        read_tensors(path, tensors, alone=self._group is None)
+        try:
+            read_tensors(path, tensors, alone=self._group is None)
+        except Damaged as error:
+            raise BadInput(f"{error}; {self.way_around(path)}") from error
         if self._world.is_main:  # saves that were stopped; nothing goes on with them
             for partial in self.folder.glob(".step-*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -141,8 +160,8 @@ class Checkpoints:
         os.replace(self.folder / f".{LATEST}", self.folder / LATEST)
         sync(self.folder)
         # Of those up to this one: a run that was resumed from an earlier step may have left later.
-        until = [old for old in self.folder.glob("step-*") if _step(old) <= step]
-        for old in sorted(until, key=_step)[: -self._settings.keep]:
+        until = [old for old in self.folder.glob("step-*") if step_of(old) <= step]
+        for old in sorted(until, key=step_of)[: -self._settings.keep]:
             shutil.rmtree(old)
 
 
@@ -152,12 +171,9 @@ def _failure_named(step: int, partial: Path) -> Iterator[None]:
     try:
         yield
     except (Exception, dcp.CheckpointException) as error:
-        reason: BaseException = error
-        if isinstance(error, dcp.CheckpointException):  # keeps each process's own
-            reason = next((first for first, _ in error.failures.values()), error)
         raise TurboOptError(
-            f"{partial}: the checkpoint of step {step} could not be written ({reason}); the one "
-            "before is whole"
+            f"{partial}: the checkpoint of step {step} could not be written ({reason(error)}); the "
+            "one before is whole"
         ) from error
 
 
@@ -184,5 +200,6 @@ def _name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """After which step a checkpoint was saved, by its name."""
     return int(path.name.rpartition("-")[2])

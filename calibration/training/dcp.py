@@ -40,6 +40,10 @@ _ALLOWED = {
 }
 
 
+class Damaged(BadInput):
+    """A folder whose data files are not what its metadata says."""
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
@@ -130,10 +134,19 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor], alone: bool = True) -
         alone: this process reads by itself; else all processes must call.
 
     Raises:
-        BadInput: as `check_holds`, or the data files are damaged.
+        BadInput: as `check_holds`.
+        Damaged: the data files are.
     """
     check_holds(folder, into)
     try:
         dcp.load(dict(into), storage_reader=TensorReader(folder), no_dist=alone)
     except (Exception, dcp.CheckpointException) as error:
-        raise BadInput(f"{folder}: cannot be read, it is damaged ({error})") from error
+        raise Damaged(f"{folder}: cannot be read, it is damaged ({reason(error)})") from error
+
+
+def reason(error: BaseException) -> str:
+    """Why DCP could not read or write, in one line; its own text is every process's stack."""
+    if isinstance(error, dcp.CheckpointException):
+        error = next((first for first, _ in error.failures.values()), error)
+    said = str(error).strip().splitlines()
+    return said[0] if said else type(error).__name__

@@ -18,7 +18,7 @@ from turbo_opt.calibration.flow import autocast, distance_to_noise
 from turbo_opt.calibration.jobs.schema import Job
 from turbo_opt.calibration.places import CHECKPOINTS
 from turbo_opt.calibration.training.blocks import first_compilation, uncompiled
-from turbo_opt.calibration.training.checkpoints import Checkpoints, read_record
+from turbo_opt.calibration.training.checkpoints import Checkpoints, read_record, step_of
 from turbo_opt.calibration.training.identity import check_same_job, identity_of
 from turbo_opt.calibration.training.logs import Log
 from turbo_opt.calibration.training.objective import Objective
@@ -117,7 +117,8 @@ class Trainer:
         """Train to the last step; returns the held-out scalars of its start and of its end.
 
         Raises:
-            TurboOptError: the loss or a gradient is not finite; the last checkpoint is whole.
+            TurboOptError: the loss, a gradient, a held-out value or what would be saved is not
+                finite.
         """
         settings = self.job.training
         log = Log(self.out, self.step, self.job.log.tensorboard) if self.world.is_main else None
@@ -169,7 +170,11 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Means over the held-out samples, at noise that is the same every time."""
+        """Means over the held-out samples, at noise that is the same every time.
+
+        Raises:
+            TurboOptError: one is not finite; in every process.
+        """
         if not self._held_out:
             return {}
         sums: dict[str, Tensor] = {}
@@ -184,7 +189,13 @@ class Trainer:
                 for name, value in self.objective.evaluate(batch).items():
                     sums[name] = sums.get(name, torch.zeros_like(value)) + weight * value
         times = count * self.world.context_size
-        return {f"held_out_{n}": float(self.world.sum(v)) / times for n, v in sums.items()}
+        scores = {f"held_out_{n}": float(self.world.sum(v)) / times for n, v in sums.items()}
+        wrong = [name for name, value in scores.items() if not math.isfinite(value)]
+        if wrong:
+            raise TurboOptError(
+                f"{', '.join(wrong)}: not finite after {self.step} steps; {self._way_on()}"
+            )
+        return scores
 
     def _train_step(self, rate: float) -> dict[str, float]:
         turn = self.objective.turn(self.step)
@@ -267,6 +278,9 @@ class Trainer:
     ) -> dict[str, float]:
         """Log, evaluate, draw and save what is due; returns held-out scalars, if they are."""
         job = self.job
+        saving = last or self.step % job.save.every == 0
+        if saving:
+            self._check_weights()
         due = {
             name: last or self.step % every == 0
             for name, every in (("log", job.log.every), ("evaluate", job.log.evaluate_every))
@@ -280,7 +294,7 @@ class Trainer:
             row["broken_samples"] = len(self._samples.broken)
             self._log(log, row)
         self.checkpoints.poll()
-        if last or self.step % job.save.every == 0:
+        if saving:
             record = {"identity": self._identity, "minutes": self._elapsed()}
             self.checkpoints.save(self.step, self._tensors(), record)
         return scores
@@ -296,16 +310,39 @@ class Trainer:
             for key, tensor in trainee.tensors().items()
         }
 
+    def _check_weights(self) -> None:
+        """Raise TurboOptError unless what would be saved is finite. All processes call."""
+        for name, trainee in self.trainees.items():
+            if not trainee.is_finite():
+                raise TurboOptError(
+                    f"the {name}'s weights, or their squares, are not finite after step "
+                    f"{self.step} of {self.job.training.steps}; {self._way_on()}"
+                )
+
     def _where_not_finite(self, what: str, seen: list[tuple[Batch, float]]) -> str:
         """The message; all processes call, as all stop."""
-        self.checkpoints.finish()
-        last = self.checkpoints.latest()
-        kept = f"the last good checkpoint is {last}" if last else "no checkpoint was saved before"
         parts = [f"{', '.join(batch.names)} (loss {value:.4g})" for batch, value in seen]
         return (
             f"{what} is not finite at step {self.step + 1} of {self.job.training.steps}, on "
-            f"process {self.world.rank}'s samples {'; '.join(parts)}; {kept}. A lower "
-            "training.rate or --resume with other settings may go on from there"
+            f"process {self.world.rank}'s samples {'; '.join(parts)}; {self._way_on()}"
+        )
+
+    def _way_on(self) -> str:
+        """What there is to go on from. All processes call, as all stop."""
+        self.checkpoints.finish()
+        last = self.checkpoints.latest()
+        if last is None:
+            lower = "; try a lower training.rate" if self.step else ""
+            return f"no checkpoint was saved before{lower}"
+        if step_of(last) < self.step:
+            return (
+                f"the last good checkpoint is {last}; --resume with a lower training.rate or other "
+                "settings may go on from there"
+            )
+        # No step has been made from it, so its weights may be why.
+        return (
+            f"{last} holds the weights with which this happened; if they are why, "
+            f"{self.checkpoints.way_around(last)}"
         )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

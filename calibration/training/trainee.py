@@ -101,6 +101,16 @@ class Trainee:
         """Free the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def is_finite(self) -> bool:
+        """Whether all that `tensors` holds is; all processes must call.
+
+        Weights whose squares have no finite sum count as none, long before they are infinite. The
+        moments are finite, as the gradients' norms were.
+        """
+        return all(
+            math.isfinite(norm_of(values)) for values in (self.parameters, self.average or {})
+        )
+
     def tensors(self) -> dict[str, Tensor]:
         """All that has to be saved, by name; loading writes into these very tensors."""
         found = {f"model.{n}": p.detach() for n, p in self.network.named_parameters()}
@@ -135,6 +145,7 @@ class Trainee:
                 parameter.copy_(values[name])
 
 
-def norm_of(gradient: Mapping[str, Tensor]) -> float:
-    """Of all tensors together; all processes must call."""
-    return float(whole(torch.nn.utils.get_total_norm(list(gradient.values()))))
+def norm_of(tensors: Mapping[str, Tensor]) -> float:
+    """Of all together; all processes must call."""
+    values = [tensor.detach() for tensor in tensors.values()]
+    return float(whole(torch.nn.utils.get_total_norm(values)))

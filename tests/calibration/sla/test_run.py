@@ -11,13 +11,14 @@ import torch
 from safetensors import safe_open
 
 from turbo_opt.calibration.jobs.load import load_job
+from turbo_opt.calibration.jobs.run import export, open_parts
 from turbo_opt.calibration.jobs.schema import SLAJob, SparseLinear
 from turbo_opt.calibration.networks import build_network, open_denoiser
 from turbo_opt.calibration.sla.run import solve_sla, train_sla
 from turbo_opt.calibration.sla.student import check_start, self_attentions
 from turbo_opt.calibration.training.world import World
 from turbo_opt.capture.checkpoint import open_checkpoint
-from turbo_opt.errors import BadInput
+from turbo_opt.errors import BadInput, TurboOptError
 from turbo_opt.ir.weights import WeightStore
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -200,6 +201,33 @@ def test_a_folder_is_not_used_twice_by_accident(home: Path, tmp_path: Path) -> N
     (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(BadInput, match="is no folder of a job"):
         train_sla(job, tmp_path / "mine", ALONE, progress=quiet)
+
+
+@pytest.mark.parametrize("settings", [(), ("data.held_out=0",), ("training.average=0.9",)])
+def test_a_student_that_diverged_is_not_published(home: Path, tmp_path: Path, settings) -> None:
+    job = job_of(home, "training.rate=1e20", "training.steps=1", *settings)
+    with pytest.raises(TurboOptError, match="not finite after step 1 of 1; no checkpoint") as said:
+        train_sla(job, tmp_path / "out", ALONE, progress=quiet)
+    assert said.value.exit_code == 1
+    assert not {"model", "report.json", "checkpoints"} & {
+        item.name for item in (tmp_path / "out").iterdir()
+    }
+
+
+@pytest.mark.parametrize(
+    ("weight", "number", "message"),
+    [
+        (float("inf"), 1.0, "model: not written, as its weights, or their squares, are not finite"),
+        (1.0, float("nan"), r"not written, as a number of its report.json is not finite: .*nan"),
+    ],
+)
+def test_a_model_is_not_written_if_it_or_its_report_is_not_finite(
+    home: Path, tmp_path: Path, weight: float, number: float, message: str
+) -> None:
+    parts, values = open_parts(job_of(home)), {"weight": torch.tensor([weight])}
+    with pytest.raises(TurboOptError, match=message):
+        export(parts, values, tmp_path, {"after": {"loss": number}}, ALONE)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.gpu

@@ -130,6 +130,36 @@ def test_a_missing_part_is_damage(saved: Path) -> None:
         read_tensors(saved, tensors(0.0))
 
 
+@pytest.mark.parametrize(("left", "why"), [(0, "EOFError"), (700, "PytorchStreamReader failed")])
+def test_a_cut_part_is_damage_in_one_line(saved: Path, left: int, why: str) -> None:
+    part = saved / "__0_0.distcp"
+    part.write_bytes(part.read_bytes()[:left])
+    with pytest.raises(BadInput) as refused:
+        read_tensors(saved, tensors(0.0))
+    said = str(refused.value)
+    assert said.startswith(f"{saved}: cannot be read, it is damaged ({why}")
+    assert "\n" not in said and "Traceback" not in said
+
+
+def test_of_a_damaged_checkpoint_the_one_before_is_named(tmp_path: Path) -> None:
+    store = checkpoints(tmp_path, keep=4)
+    for step in (1, 2, 3, 4):
+        store.save(step, tensors(step), {})
+    (tmp_path / "step-000003" / "training.json").unlink()  # not whole
+    (tmp_path / "step-000005").mkdir()  # later, and not whole either
+    for step in (1, 4):
+        (tmp_path / f"step-00000{step}" / "__0_0.distcp").write_bytes(b"")
+    way = rf"damaged \(.*\); write step-000002 into {tmp_path}/latest, and --resume goes on"
+    with pytest.raises(BadInput, match=way):
+        store.load(store.latest(), tensors(0.0))
+    with pytest.raises(BadInput, match=r"damaged \(.*\); there is no checkpoint before it"):
+        store.load(tmp_path / "step-000001", tensors(0.0))
+    (tmp_path / "latest").write_text("step-000002\n")
+    found = tensors(0.0)
+    store.load(store.latest(), found)
+    assert torch.equal(found["updates"], torch.tensor(2.0))
+
+
 def test_another_model_is_told_by_names_and_by_shapes(saved: Path) -> None:
     with pytest.raises(BadInput, match=r"lacks 1 of 1 tensors \(other\); it is a checkpoint of"):
         read_tensors(saved, {"other": torch.zeros(1)})

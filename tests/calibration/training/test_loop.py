@@ -162,6 +162,89 @@ def test_what_is_not_finite_stops_and_keeps_the_last_checkpoint(
     assert all(value.isfinite().all() for value in everything(again).values())
 
 
+class Blinded(Scaling):
+    """Its held-out loss is no number any more after so many losses of steps."""
+
+    def __init__(self, until: int) -> None:
+        super().__init__()
+        self._until = until
+
+    def evaluate(self, batch):
+        said = super().evaluate(batch)["loss"]
+        self.turns.pop()
+        return {"loss": said if len(self.turns) < self._until else said * float("nan")}
+
+
+@pytest.mark.parametrize(("until", "steps", "at"), [(3, 9, 4), (5, 5, 5)])
+def test_a_held_out_value_that_is_not_finite_stops_at_any_evaluation(
+    home, tmp_path, until, steps, at
+) -> None:
+    failing = trainer(home, tmp_path, f"training.steps={steps}", objective=Blinded(until))
+    message = f"held_out_loss: not finite after {at} steps; the last good .*step-000003; --resume"
+    with pytest.raises(TurboOptError, match=message):
+        failing.run()
+    assert not (tmp_path / CHECKPOINTS / f"step-{at:06d}").exists()
+
+
+def test_what_is_not_finite_before_any_step_blames_no_rate(home, tmp_path) -> None:
+    failing = trainer(home, tmp_path, objective=Blinded(0))
+    with pytest.raises(TurboOptError, match=r"after 0 steps; no checkpoint was saved before$"):
+        failing.run()
+
+
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_weights_that_an_update_destroyed_are_not_saved(home, tmp_path, held_out) -> None:
+    settings = ("save.every=1", f"data.held_out={held_out}", "training.rate=1e30")
+    message = (
+        "the student's weights, or their squares, are not finite after step 1 of 4; no checkpoint "
+        "was saved before; try a lower training.rate$"
+    )
+    with pytest.raises(TurboOptError, match=message):
+        trainer(home, tmp_path, *settings).run()
+    assert not (tmp_path / CHECKPOINTS).exists()
+
+
+@pytest.mark.parametrize("where", ["student", "critic", "average"])
+def test_the_last_good_checkpoint_is_from_before_the_update_that_destroyed_weights(
+    home, tmp_path, where
+) -> None:
+    settings = ("save.every=1", "data.held_out=0", "training.average=0.9")
+    failing = trainer(home, tmp_path, *settings)
+    name = "critic" if where == "critic" else "student"
+    trainee = failing.trainees[name]
+    spoiled = trainee.average["bias"] if where == "average" else trainee.parameters["bias"]
+    step = failing._train_step
+
+    def destroy_at_three(rate: float) -> dict[str, float]:
+        values = step(rate)
+        if failing.step == 2:
+            spoiled.data[3] = float("nan")
+        return values
+
+    failing._train_step = destroy_at_three  # type: ignore[method-assign]
+    message = f"the {name}'s weights, .* after step 3 of 4; the last good checkpoint is .*-000002;"
+    with pytest.raises(TurboOptError, match=message):
+        failing.run()
+    again = trainer(home, tmp_path, *settings)
+    assert again.resume() and again.step == 2
+    assert all(value.isfinite().all() for value in everything(again).values())
+    again.run()
+
+
+def test_a_checkpoint_whose_next_step_fails_is_not_called_good(home, tmp_path) -> None:
+    failing = trainer(home, tmp_path, "training.steps=9", objective=Scaling(6))
+    folder = tmp_path / CHECKPOINTS
+    message = (
+        f"not finite at step 7 of 9, .*; {folder}/step-000006 holds the weights with which this "
+        f"happened; if they are why, write step-000003 into {folder}/latest, and --resume"
+    )
+    with pytest.raises(TurboOptError, match=message):
+        failing.run()
+    (folder / "latest").write_text("step-000003\n")
+    again = trainer(home, tmp_path, "training.steps=9")
+    assert again.resume() and again.step == 3
+
+
 def test_a_save_that_ended_in_the_background_outlives_what_stops_the_training(
     home, tmp_path, monkeypatch
 ) -> None:

@@ -10,15 +10,19 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
 from turbo_opt.calibration.sla.run import solve_sla, train_sla
 from turbo_opt.calibration.sla2.run import train_router
 from turbo_opt.calibration.sla2.schema import RouterJob
-from turbo_opt.calibration.training.world import start_world
-from turbo_opt.errors import BadInput
+from turbo_opt.calibration.training.trainee import Trainee
+from turbo_opt.calibration.training.world import World, start_world
+from turbo_opt.errors import BadInput, TurboOptError
 
+DIVERGING = ["training.rate=1e20", "training.steps=1", "data.held_out=0"]
 THREE = ["closed_form.clips=3"]  # one process has a clip more than the other
 
 
@@ -47,6 +51,23 @@ def main(home: Path, out: Path) -> None:
             train_sla(job, out / "data", data, progress=quiet)
         except BadInput as error:
             (out / f"refused-{data.rank}.txt").write_text(str(error))
+        try:
+            diverging = load_job(home / "job.yaml", SLAJob, DIVERGING)
+            train_sla(diverging, out / "diverged", data, progress=quiet)
+        except TurboOptError as error:
+            (out / f"diverged-{data.rank}.txt").write_text(str(error))
+        (out / f"finite-{data.rank}.txt").write_text(str(finite_with_one_part_spoiled(job, data)))
+
+
+def finite_with_one_part_spoiled(job: SLAJob, world: World) -> list[bool]:
+    """What each process is told of a network, before and after the last one spoils a weight."""
+    network = nn.Linear(4, 4)
+    fully_shard(network, mesh=world.mesh)
+    trainee = Trainee(network, job.training)
+    told = [trainee.is_finite()]
+    if world.rank == world.size - 1:
+        trainee.parameters["weight"].detach().to_local()[0, 0] = float("nan")
+    return [*told, trainee.is_finite()]
 
 
 def quiet(*told: object) -> None:
