@@ -28,7 +28,8 @@ def convert(session: Session, source: Path, out: Path, network: str, no_average:
 
     SOURCE is a DCP folder (such as OUT/checkpoints/step-000200 of a job), a safetensors or .pth
     file, or a diffusers folder. A .pth has the names of the original Wan, as TurboDiffusion reads
-    them, all others those of diffusers.
+    them, all others those of diffusers. That they are a distilled student is kept: for a .pth in
+    a JSON file beside it, which belongs to it.
     """
     from turbo_opt.calibration.convert import check_destination, convert
     from turbo_opt.cli.places import check_writable, plain_place
