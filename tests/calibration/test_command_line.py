@@ -159,9 +159,13 @@ def test_a_diverged_training_fails_with_its_place(home: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(objective, "noisy", broken)
     arguments = ("calibrate", "sla", home / "job.yaml", "--out", tmp_path / "out")
-    result = invoke(*arguments, "--device", "cpu")
-    assert result.exit_code == 1
-    assert "the loss is not finite at step 1 of 4" in result.stderr
+    measured = invoke(*arguments, "--device", "cpu")
+    assert measured.exit_code == 1
+    assert "held_out_loss, held_out_relative_error: not finite after 0 steps" in measured.stderr
+    trained = invoke(*arguments, "--device", "cpu", "--set", "data.held_out=0")
+    assert trained.exit_code == 1
+    assert "the loss is not finite at step 1 of 4" in trained.stderr
+    assert not (tmp_path / "out" / "model").exists()
 
 
 def test_faults_of_a_job_have_file_and_line(home: Path, tmp_path: Path) -> None:
