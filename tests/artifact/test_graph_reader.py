@@ -103,6 +103,15 @@ def test_torchs_reader_is_not_needed_and_no_text_of_a_file_reaches_eval(graph, m
     assert len(user_inputs(read_graph(graph))) == 3
 
 
+def test_it_is_said_when_torchs_slow_reader_had_to_serve(graph, monkeypatch, caplog) -> None:
+    read_graph(graph)
+    assert not caplog.records
+    by_torch(graph, monkeypatch)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "transformer.pt2: read by torch.export.load, which is slow" in record.getMessage()
+
+
 def test_values_that_are_described_alike_are_made_once(graph) -> None:
     values = [
         node.meta["val"]

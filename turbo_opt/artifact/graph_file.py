@@ -68,8 +68,10 @@ def read_graph(path: Path) -> ExportedProgram:
         try:
             return rebuild(members)
         except Exception as error:
-            _log.info("%s: read by torch.export.load, because of %r", path, error)
-            return _read_by_torch(path, members)
+            exported = _read_by_torch(path, members)
+            # A bad graph is bad to both; torch's internals have changed.
+            _log.warning("%s: read by torch.export.load, which is slow: %r", path, error)
+            return exported
 
 
 def latent_sides(path: Path) -> tuple[list[Any], dict[str, int]]:
