@@ -10,8 +10,8 @@
 //
 // The rows of the cluster's next block are copied to where a row was stored from, and to where KEEP
 // rows were as soon as their y is in registers. Without a branch PART rows are normalized while others
-// arrive. Clusters begin one after the other, STAGGER cycles from the first to the last: else all copy
-// at a time and all compute at a time.
+// arrive; of a branch AHEAD rows are on their way at once. Clusters begin one after the other, STAGGER
+// cycles from the first to the last: else all copy at a time and all compute at a time.
 //
 // CHANNELS is a multiple of 256 up to 6144. BRANCH, GATE, GAIN and BIAS say which of them there are;
 // without GAIN, OFFSET + gain is 1. PER_TOKEN: these parameters are not the same for all rows. BATCHED:
@@ -112,19 +112,20 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #endif
         const u16 *branch_next = branch + first * branch_row;
         u16 *const sums = stream + (long long)first * CHANNELS;
-        Chunk added[HELD] = {};
-#pragma unroll
-        for (int r = 0; r < HELD; r++) {
+        Chunk added[AHEAD];
+        const auto load_added = [&](int r) {
             const u16 *at =
                 row_at(branch, branch_next, first + r, length, branch_batch, branch_row);
-            if (r < here) added[r] = *(const Chunk *)at;
-        }
+            added[r % AHEAD] = load_chunk_here(at, r < here);
+        };
+#pragma unroll
+        for (int r = 0; r < AHEAD; r++) load_added(r);
         wait_copies<0>();
 #pragma unroll
         for (int r = 0; r < HELD; r++) {
             float values[8], addend[8];
             unpack(own_channels(shared, r), values);
-            unpack(added[r], addend);
+            unpack(added[r % AHEAD], addend);
 #if GATE && PER_TOKEN
             load_parameter(row_at(gate, min(first + r, rows - 1), length, gate_batch, gate_row), weight);
 #endif
@@ -134,6 +135,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             const Chunk sum = pack(values);
             own_channels(shared, r) = sum;
             if (r < here) *(Chunk *)(sums + r * CHANNELS) = sum;
+            if (r + AHEAD < HELD) load_added(r + AHEAD);
         }
 #endif
 #if PER_TOKEN

@@ -142,6 +142,19 @@ DEVICE const T *row_at(const T *tensor, int row, int length, long long batch_str
     return row_at(tensor, from, row, length, batch_stride, row_stride);
 }
 
+// A load that stays in its place: brought forward, more of them would be on their way than registers hold.
+// Zeros where there is nothing.
+DEVICE Chunk load_chunk_here(const u16 *at, bool exists) {
+    Chunk chunk = {};
+    asm volatile(
+        "{\n.reg .pred exists;\nsetp.ne.u32 exists, %5, 0;\n"
+        "@exists ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}\n"
+        : "+r"(chunk.pairs[0]), "+r"(chunk.pairs[1]), "+r"(chunk.pairs[2]), "+r"(chunk.pairs[3])
+        : "l"(at), "r"((u32)exists)
+        : "memory");
+    return chunk;
+}
+
 DEVICE void wait_cycles(int cycles) {
     for (const long long start = clock64(); clock64() - start < cycles;) {
     }

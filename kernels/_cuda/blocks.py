@@ -31,6 +31,7 @@ _CLUSTER = 8  # programs that take a block; what every device with clusters can 
 _HELD = BLOCK // _CLUSTER  # rows of a program
 _SHARED, _RESERVED = 228 * 1024, 1024  # bytes of a multiprocessor; of them, lost with each program
 _REGISTERS, _LEAST_REGISTERS = 64 * 1024, 80  # of a multiprocessor; that a thread lives on
+_ROOMY = 96  # registers of a thread that hold its 8 channels of all rows, and what else it needs
 _MOST_PROGRAMS = 4  # of a multiprocessor
 _TILE = {"THREADS": 512, "PROGRAMS": 2}  # of tiles.cu
 _HEADERS = "common.cuh+hopper.cuh+cluster.cuh+parameters.cuh+int8.cuh+halves.cuh+blocks.cuh"
@@ -40,12 +41,14 @@ class Shape(NamedTuple):
     """How blocks.cu shares out a block. The fields are its macros.
 
     programs of a multiprocessor; rows normalized while others arrive; rows whose result is kept in
-    registers; cycles from the start of the first cluster to that of the last
+    registers; rows of a branch that are on their way at once; cycles from the start of the first
+    cluster to that of the last
     """
 
     programs: int
     part: int
     keep: int
+    ahead: int
     stagger: int
 
 
@@ -160,8 +163,11 @@ def _shape(channels: int, branch: bool) -> Shape:
         _REGISTERS // (_LEAST_REGISTERS * _threads(channels)),
     )
     if branch:
-        return Shape(programs, part=_HELD, keep=0, stagger=0 if programs > 1 else 22500)
-    return Shape(programs, part=_HELD if programs > 1 else 8, keep=4, stagger=4800)
+        registers = _REGISTERS // (programs * _threads(channels))
+        ahead = 10 if registers < _ROOMY else _HELD
+        stagger = 9600 if programs > 1 else 22500
+        return Shape(programs, part=_HELD, keep=0, ahead=ahead, stagger=stagger)
+    return Shape(programs, part=_HELD if programs > 1 else 8, keep=4, ahead=_HELD, stagger=4800)
 
 
 def _threads(channels: int) -> int:

@@ -113,10 +113,15 @@ def test_programs_of_every_width_fit_on_a_multiprocessor(channels, branch):
 
 
 def test_shapes_are_those_measured_on_an_h200():
-    assert blocks._shape(1536, True) == (4, 16, 0, 0)
-    assert blocks._shape(5120, True) == (1, 16, 0, 22500)
-    assert blocks._shape(1536, False) == (4, 16, 4, 4800)
-    assert blocks._shape(5120, False) == (1, 8, 4, 4800)
+    assert blocks._shape(1536, True) == (4, 16, 0, 10, 9600)
+    assert blocks._shape(5120, True) == (1, 16, 0, 16, 22500)
+    assert blocks._shape(1536, False) == (4, 16, 4, 16, 4800)
+    assert blocks._shape(5120, False) == (1, 8, 4, 16, 4800)
+
+
+@pytest.mark.parametrize(("channels", "ahead"), [(256, 16), (1536, 10), (2048, 10), (6144, 10)])
+def test_no_more_of_a_branch_is_on_its_way_than_registers_hold(channels, ahead):
+    assert blocks._shape(channels, True).ahead == ahead
 
 
 def test_what_there_is_of_branch_gate_gain_and_bias_is_a_macro(launches):
