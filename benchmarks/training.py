@@ -2,13 +2,14 @@
 
     python -m benchmarks.training --gpus 1 2 4 --work DIR --out results/
     python -m benchmarks.training --compile --work DIR --out results/
-    python -m benchmarks.training --apart --gpus 2 8 --work DIR --out results/
+    python -m benchmarks.training --together 2 --gpus 2 8 --work DIR --out results/
     python -m benchmarks.training --tiny --gpus 1 2 --work DIR --out DIR    # CPU, a few seconds
 
 A synthetic teacher (random weights) and synthetic clips of its size are written to `--work`. Each
 job is then started as a user starts it, `torchrun -m turbo_opt calibrate …`, and stopped when it
-has logged enough steps. With N GPUs, weights are sharded over all (FSDP2) and min(N, 4) of them
-share the tokens of a clip; each such group has a clip of its own. With `--apart` each GPU has.
+has logged enough steps. With N GPUs, weights are sharded over all (FSDP2), and so many of them as
+`--together` says share the tokens of a clip (all up to four, unless told); each such group has a
+clip of its own.
 
 The ceiling counts the floating-point operations that a step cannot do without (the teacher's
 forwards, the student's forward and backward, attention by the blocks that it keeps) at the rate of
@@ -92,17 +93,17 @@ class Setup:
     Attributes:
         gpus: how many.
         compile: blocks through torch.compile.
-        apart: each GPU has clips of its own.
+        group: GPUs that share the tokens of a clip; None: all, but four at most.
     """
 
     gpus: int
     compile: bool = False
-    apart: bool = False
+    group: int | None = None
 
     @property
     def together(self) -> int:
         """GPUs that share the tokens of a clip."""
-        return 1 if self.apart else min(self.gpus, 4)
+        return self.group or min(self.gpus, 4)
 
     @property
     def clips(self) -> int:
@@ -111,8 +112,11 @@ class Setup:
 
     def label(self, name: str) -> str:
         """A job's name with what is not as usual."""
-        how = ("compiled", self.compile), ("apart", self.apart)
-        return "-".join([name, *(word for word, said in how if said)])
+        how = {
+            "compiled": self.compile,
+            f"{self.together}-a-clip": self.together != min(self.gpus, 4),
+        }
+        return "-".join([name, *(word for word, said in how.items() if said)])
 
 
 def job(name: str, setup: Setup, work: Path, *, selective: bool = True) -> dict[str, Any]:
@@ -313,10 +317,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=results.RESULTS)
     parser.add_argument("--compile", action="store_true", help="blocks through torch.compile")
-    parser.add_argument("--apart", action="store_true", help="clips of its own for each GPU")
+    parser.add_argument("--together", type=int, help="GPUs that share a clip's tokens")
     parser.add_argument("--resume", action="store_true", help="only the loss after resuming")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     options = parser.parse_args()
+    if options.together and any(gpus % options.together for gpus in options.gpus):
+        parser.error(f"--together {options.together} does not divide each of --gpus {options.gpus}")
     session = Session(dry=options.tiny)
     options.work.mkdir(parents=True, exist_ok=True)
     out = options.out / "training.json"
@@ -334,7 +340,7 @@ def main() -> None:
     rate = session.bf16_matmul  # before any job, whose processes may outlive it for a while
     for name in options.jobs:
         for gpus in options.gpus:
-            setup = Setup(gpus, options.compile, options.apart)
+            setup = Setup(gpus, options.compile, options.together)
             rows = steps_of(name, setup, options.work, options.steps, _LONGEST, tiny=options.tiny)
             keep(speed_record(case, name, setup, rows, rate, session))
     records = results.read(out)

@@ -33,32 +33,29 @@ _SCORED = ("teacher", "consistency", "rcm", "sla", "merged", "rcm-sla")
 def training() -> str:
     """Tokens a second of tuning, by GPUs."""
     lines = [
-        "| model | training | blocks | GPUs | tokens/s | share of bf16 products | peak a GPU |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+        "| model | training | blocks | GPUs | sharing a clip | tokens/s | share of bf16 products "
+        "| peak a GPU |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    found = {
-        tuple(record.name.split("/")[1:4]): record
-        for record in by_name("training.json").values()
-        if record.name.endswith("/tokens_per_s")
-    }
-    for (model, job, gpus), record in sorted(found.items(), key=_as_written_first):
-        what, _, how = job.replace("-", " ", 1).partition("-")
-        blocks, apart = ("compiled" if "compiled" in how else "as written"), "apart" in how
-        share = record.share_of_ceiling
-        spread = f" ± {record.spread:,.0f}" if record.runs > 1 else ", one reading"
-        lines.append(
-            f"| {MODELS.get(model, model)} | `{what}` | {blocks} | "
-            f"{gpus.removesuffix('-gpus')}{', a clip each' if apart else ''} | "
-            f"{record.value:,.0f}{spread} | "
-            f"{'' if share is None else f'{share:.2f}'} | "
-            f"{record.config['peak_gib']:.1f} GiB |"
-        )
-    return "\n".join(lines)
+    records = by_name("training.json").values()
+    rows = sorted(_speed(record) for record in records if record.name.endswith("/tokens_per_s"))
+    return "\n".join([*lines, *(line for *_, line in rows)])
 
 
-def _as_written_first(item: tuple[tuple[str, ...], Record]) -> tuple[str, ...]:
-    model, job, gpus = item[0]
-    return model, job.replace("-apart", "").removesuffix("-compiled"), job, gpus
+def _speed(record: Record) -> tuple[str, str, str, int, int, str]:
+    """What a row is sorted by, and the row."""
+    _, model, job, gpus, _ = record.name.split("/")
+    what, said = job.split("-")[1], record.config["job"]
+    blocks = "compiled" if said.get("compile") else "as written"
+    count, together = int(gpus.removesuffix("-gpus")), said["context_parallel"]
+    share = record.share_of_ceiling
+    spread = f" ± {record.spread:,.0f}" if record.runs > 1 else ", one reading"
+    line = (
+        f"| {MODELS.get(model, model)} | `calibrate {what}` | {blocks} | {count} | {together} | "
+        f"{record.value:,.0f}{spread} | {'' if share is None else f'{share:.2f}'} | "
+        f"{record.config['peak_gib']:.1f} GiB |"
+    )
+    return model, what, blocks, count, together, line
 
 
 def guide() -> str:

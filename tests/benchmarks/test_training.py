@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ def log(seconds: list[float]) -> list[dict[str, str]]:
     ]
 
 
-def speed(name: str, seconds: list[float], gpus: int = 1, **how: bool):
+def speed(name: str, seconds: list[float], gpus: int = 1, **how: Any):
     case, session, setup = CASES["1.3b"], Session(dry=True), training.Setup(gpus, **how)
     return training.speed_record(case, name, setup, log(seconds), RATE, session)
 
@@ -39,12 +40,26 @@ def test_the_first_two_steps_do_not_count_and_the_median_is_taken() -> None:
     assert record.config["job"]["compile"]
 
 
-def test_gpus_share_a_clip_or_have_one_each() -> None:
-    shared, apart = (speed("sla", [1.0] * 4, 8, apart=apart) for apart in (False, True))
-    assert (shared.value, apart.value) == pytest.approx((2 * 32_760, 8 * 32_760))
-    assert shared.config["job"]["context_parallel"] == 4
-    assert (apart.config["job"]["context_parallel"], apart.config["job"]["batch"]) == (1, 8)
-    assert apart.name.endswith("/calibrate-sla-apart/8-gpus/tokens_per_s")
+@pytest.mark.parametrize(
+    ("group", "together", "clips", "label"), [(None, 4, 2, ""), (2, 2, 4, "-2-a-clip")]
+)
+def test_gpus_share_clips(group: int | None, together: int, clips: int, label: str) -> None:
+    record = speed("sla", [1.0] * 4, 8, group=group)
+    assert record.value == pytest.approx(clips * 32_760)
+    said = record.config["job"]
+    assert (said["context_parallel"], said["batch"]) == (together, clips)
+    assert record.name.endswith(f"/calibrate-sla{label}/8-gpus/tokens_per_s")
+
+
+def test_gpus_that_cannot_share_clips_evenly_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--together", "2", "--gpus", "2", "3", "--work", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["training", *words])
+    with pytest.raises(SystemExit) as stopped:
+        training.main()
+    assert stopped.value.code == 2
+    assert "--together 2 does not divide each of --gpus [2, 3]" in capsys.readouterr().err
 
 
 def test_a_round_of_rcm_is_five_steps_and_one_round_has_no_spread() -> None:
