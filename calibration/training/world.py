@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,8 @@ class World:
         rank, size: of this process, and how many there are.
         device: where this process computes.
         context_size: processes that share the tokens of one clip; neighbours in rank.
-        mesh: all processes, to shard weights over; None for one alone.
+        mesh: what weights are sharded over; None for one alone. Of one axis, all processes; of
+            two, weights are copied along the first.
         context_group: those that share this process's clips, or None.
     """
 
@@ -101,7 +102,10 @@ class World:
 
 @contextlib.contextmanager
 def start_world(
-    device: str, context_size: int = 1, patience: timedelta | None = None
+    device: str,
+    context_size: int = 1,
+    patience: timedelta | None = None,
+    shard: Literal["full", "hybrid"] = "full",
 ) -> Iterator[World]:
     """Join the processes that torchrun started, or work alone.
 
@@ -110,6 +114,7 @@ def start_world(
         context_size: processes that share a clip.
         patience: for how long one that is ahead waits for the others; None: torch's, 10 minutes
             and more.
+        shard: weights over all processes, or over those that share a clip.
 
     Raises:
         BadInput: the number of processes is no multiple of `context_size`.
@@ -133,10 +138,9 @@ def start_world(
     dist.init_process_group(backend, timeout=patience)
     try:
         mesh = dist.init_device_mesh(device, (size,))
-        group = None
-        if context_size > 1:
-            sides = (size // context_size, context_size)
-            group = dist.init_device_mesh(device, sides, mesh_dim_names=_AXES)[_AXES[1]].get_group()
-        yield World(rank, size, chosen, context_size, mesh, group)
+        sides = (size // context_size, context_size)
+        grid = dist.init_device_mesh(device, sides, mesh_dim_names=_AXES)
+        group = grid[_AXES[1]].get_group() if context_size > 1 else None
+        yield World(rank, size, chosen, context_size, mesh if shard == "full" else grid, group)
     finally:
         dist.destroy_process_group()

@@ -13,6 +13,7 @@ from turbo_opt.cli.devices import resolve_device
 from turbo_opt.cli.session import Session
 
 if TYPE_CHECKING:
+    from turbo_opt.calibration.jobs.schema import Training
     from turbo_opt.calibration.training.world import World
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -72,19 +73,22 @@ def job_folder(out: Path) -> Path:
 def run_job(
     session: Session,
     device: str,
-    context_size: int,
+    training: Training | None,
     run: Callable[[World, Steps], Mapping[str, Any]],
 ) -> None:
     """Run a job in torchrun's processes or this one alone, and show its report.
 
     Args:
-        context_size: processes that share a clip.
+        training: how processes share the work; None: each has samples of its own.
         run: the job; all processes call it.
     """
     from turbo_opt.calibration.training.world import start_world
     from turbo_opt.cli.progress import Board
 
-    with start_world(resolve_device(device), context_size) as world:
+    shared: dict[str, Any] = {}
+    if training is not None:
+        shared = {"context_size": training.context_parallel, "shard": training.shard}
+    with start_world(resolve_device(device), **shared) as world:
         session.quiet |= not world.is_main
         with Board(session) as board:
             report = run(world, Steps(board))
