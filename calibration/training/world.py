@@ -17,6 +17,7 @@ from torch import Tensor
 from turbo_opt.errors import BadInput
 
 _AXES = ("data", "context")
+_MULTIPROCESSORS = 4  # of a GPU, for what is sent while it computes
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,27 @@ def start_world(
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=patience)
     try:
-        mesh = dist.init_device_mesh(device, (size,))
+        mesh = dist.init_device_mesh(device, (size,), backend_override=_beside_computing(device))
         sides = (size // context_size, context_size)
-        grid = dist.init_device_mesh(device, sides, mesh_dim_names=_AXES)
+        grid = dist.init_device_mesh(
+            device, sides, mesh_dim_names=_AXES, backend_override=_beside_computing(device)
+        )
         group = grid[_AXES[1]].get_group() if context_size > 1 else None
         yield World(rank, size, chosen, context_size, mesh if shard == "full" else grid, group)
     finally:
         dist.destroy_process_group()
+
+
+def _beside_computing(device: str) -> dict[int | str, Any] | None:
+    """How a mesh's first axis communicates: weights and gradients of one block while another one
+    computes.
+
+    NCCL takes as many multiprocessors as it can fill, 24 of an H200's, from when the first process
+    is ready until the last one is; matrix products that count on all of them then take twice as
+    long.
+    """
+    if device != "cuda":
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = _MULTIPROCESSORS
+    return {0: ("nccl", options)}
