@@ -94,13 +94,11 @@ class Setup:
         gpus: how many.
         compile: blocks through torch.compile.
         group: GPUs that share the tokens of a clip; None: all, but four at most.
-        hybrid: weights are split over these only.
     """
 
     gpus: int
     compile: bool = False
     group: int | None = None
-    hybrid: bool = False
 
     @property
     def together(self) -> int:
@@ -117,7 +115,6 @@ class Setup:
         how = {
             "compiled": self.compile,
             f"{self.together}-a-clip": self.together != min(self.gpus, 4),
-            "hybrid": self.hybrid,
         }
         return "-".join([name, *(word for word, said in how.items() if said)])
 
@@ -136,7 +133,6 @@ def job(name: str, setup: Setup, work: Path, *, selective: bool = True) -> dict[
             "context_parallel": setup.together,
             "activations": "selective" if selective else "keep",
             "compile": setup.compile,
-            "shard": "hybrid" if setup.hybrid else "full",
         },
         "save": {"every": 1000},
         "log": {"every": 1},
@@ -322,12 +318,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=results.RESULTS)
     parser.add_argument("--compile", action="store_true", help="blocks through torch.compile")
     parser.add_argument("--together", type=int, help="GPUs that share a clip's tokens")
-    parser.add_argument("--hybrid", action="store_true", help="weights split over these only")
     parser.add_argument("--resume", action="store_true", help="only the loss after resuming")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     options = parser.parse_args()
-    if options.together and any(gpus % options.together for gpus in options.gpus):
-        parser.error(f"--together {options.together} does not divide each of --gpus {options.gpus}")
+    group = options.together
+    if group is not None and (group < 1 or any(gpus % group for gpus in options.gpus)):
+        parser.error(f"--together {group} does not divide each of --gpus {options.gpus}")
+    if options.resume and (group is not None or options.compile):
+        parser.error("--resume has blocks as written, and clips of their own for each GPU")
     session = Session(dry=options.tiny)
     options.work.mkdir(parents=True, exist_ok=True)
     out = options.out / "training.json"
@@ -345,7 +343,7 @@ def main() -> None:
     rate = session.bf16_matmul  # before any job, whose processes may outlive it for a while
     for name in options.jobs:
         for gpus in options.gpus:
-            setup = Setup(gpus, options.compile, options.together, options.hybrid)
+            setup = Setup(gpus, options.compile, group)
             rows = steps_of(name, setup, options.work, options.steps, _LONGEST, tiny=options.tiny)
             keep(speed_record(case, name, setup, rows, rate, session))
     records = results.read(out)

@@ -126,11 +126,6 @@ class Training(Section):
     context_parallel: int = Field(
         1, ge=1, description="Processes that share the tokens of a clip, by heads in attention."
     )
-    shard: Literal["full", "hybrid"] = Field(
-        "full",
-        description="Processes that weights are split over: all, or only those that share a clip. "
-        "Each such group then has whole networks, and gradients alone travel between groups.",
-    )
     seed: int = Field(0, ge=0, description="Of the order of samples and of all noise.")
     draws: Literal["sample", "batch"] = Field(
         "sample",

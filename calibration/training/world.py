@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from turbo_opt.errors import BadInput
 
 _AXES = ("data", "context")
 _MULTIPROCESSORS = 4  # of a GPU, for what is sent while it computes
+_PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,7 @@ class World:
         rank, size: of this process, and how many there are.
         device: where this process computes.
         context_size: processes that share the tokens of one clip; neighbours in rank.
-        mesh: what weights are sharded over; None for one alone. Of one axis, all processes; of
-            two, weights are copied along the first.
+        mesh: all processes, to shard weights over; None for one alone.
         context_group: those that share this process's clips, or None.
     """
 
@@ -103,19 +103,14 @@ class World:
 
 @contextlib.contextmanager
 def start_world(
-    device: str,
-    context_size: int = 1,
-    patience: timedelta | None = None,
-    shard: Literal["full", "hybrid"] = "full",
+    device: str, context_size: int = 1, patience: timedelta = _PATIENCE
 ) -> Iterator[World]:
     """Join the processes that torchrun started, or work alone.
 
     Args:
         device: `cpu` or `cuda`; with several processes each takes the GPU of its local rank.
         context_size: processes that share a clip.
-        patience: for how long one that is ahead waits for the others; None: torch's, 10 minutes
-            and more.
-        shard: weights over all processes, or over those that share a clip.
+        patience: for how long one that is ahead waits for the others.
 
     Raises:
         BadInput: the number of processes is no multiple of `context_size`.
@@ -138,27 +133,27 @@ def start_world(
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=patience)
     try:
-        mesh = dist.init_device_mesh(device, (size,), backend_override=_beside_computing(device))
-        sides = (size // context_size, context_size)
-        grid = dist.init_device_mesh(
-            device, sides, mesh_dim_names=_AXES, backend_override=_beside_computing(device)
+        mesh = dist.init_device_mesh(
+            device, (size,), backend_override=_beside_computing(device, patience)
         )
-        group = grid[_AXES[1]].get_group() if context_size > 1 else None
-        yield World(rank, size, chosen, context_size, mesh if shard == "full" else grid, group)
+        group = None
+        if context_size > 1:
+            sides = (size // context_size, context_size)
+            group = dist.init_device_mesh(device, sides, mesh_dim_names=_AXES)[_AXES[1]].get_group()
+        yield World(rank, size, chosen, context_size, mesh, group)
     finally:
         dist.destroy_process_group()
 
 
-def _beside_computing(device: str) -> dict[int | str, Any] | None:
-    """How a mesh's first axis communicates: weights and gradients of one block while another one
-    computes.
+def _beside_computing(device: str, patience: timedelta) -> dict[int | str, Any] | None:
+    """The communicator of a mesh over which weights are gathered while a block computes.
 
-    NCCL takes as many multiprocessors as it can fill, 24 of an H200's, from when the first process
-    is ready until the last one is; matrix products that count on all of them then take twice as
-    long.
+    NCCL takes as many multiprocessors as it can fill, from when the first process is ready until
+    the last one is; products that count on all of them then take longer.
     """
     if device != "cuda":
         return None
     options = dist.ProcessGroupNCCL.Options()
     options.config.max_ctas = _MULTIPROCESSORS
+    options._timeout = patience
     return {0: ("nccl", options)}

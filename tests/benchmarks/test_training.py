@@ -51,15 +51,31 @@ def test_gpus_share_clips(group: int | None, together: int, clips: int, label: s
     assert record.name.endswith(f"/calibrate-sla{label}/8-gpus/tokens_per_s")
 
 
-def test_gpus_that_cannot_share_clips_evenly_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (
+            ["--together", "2", "--gpus", "2", "3"],
+            "--together 2 does not divide each of --gpus [2, 3]",
+        ),
+        (["--together", "0"], "--together 0 does not divide each of --gpus [1]"),
+        (["--together", "-1"], "--together -1 does not divide each of --gpus [1]"),
+        (["--resume", "--compile"], "--resume has blocks as written"),
+        (["--resume", "--together", "1"], "--resume has blocks as written"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    reason: str,
 ) -> None:
-    words = ["--together", "2", "--gpus", "2", "3", "--work", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["training", *words])
+    monkeypatch.setattr(sys, "argv", ["training", *words, "--work", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
         training.main()
     assert stopped.value.code == 2
-    assert "--together 2 does not divide each of --gpus [2, 3]" in capsys.readouterr().err
+    assert reason in capsys.readouterr().err
 
 
 def test_a_round_of_rcm_is_five_steps_and_one_round_has_no_spread() -> None:

@@ -13,7 +13,6 @@ from turbo_opt.cli.devices import resolve_device
 from turbo_opt.cli.session import Session
 
 if TYPE_CHECKING:
-    from turbo_opt.calibration.jobs.schema import Training
     from turbo_opt.calibration.training.world import World
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -73,22 +72,19 @@ def job_folder(out: Path) -> Path:
 def run_job(
     session: Session,
     device: str,
-    training: Training | None,
+    context_size: int,
     run: Callable[[World, Steps], Mapping[str, Any]],
 ) -> None:
     """Run a job in torchrun's processes or this one alone, and show its report.
 
     Args:
-        training: how processes share the work; None: each has samples of its own.
+        context_size: processes that share a clip.
         run: the job; all processes call it.
     """
     from turbo_opt.calibration.training.world import start_world
     from turbo_opt.cli.progress import Board
 
-    shared: dict[str, Any] = {}
-    if training is not None:
-        shared = {"context_size": training.context_parallel, "shard": training.shard}
-    with start_world(resolve_device(device), **shared) as world:
+    with start_world(resolve_device(device), context_size) as world:
         session.quiet |= not world.is_main
         with Board(session) as board:
             report = run(world, Steps(board))

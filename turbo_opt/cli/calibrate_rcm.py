@@ -35,7 +35,7 @@ def rcm(
     run_job(
         session,
         device,
-        settings.training,
+        settings.training.context_parallel,
         lambda world, steps: train_rcm(
             settings, out, world, resume=resume, progress=steps, say=steps.say
         ),

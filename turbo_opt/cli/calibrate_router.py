@@ -37,7 +37,7 @@ def router(
     run_job(
         session,
         device,
-        settings.training,
+        settings.training.context_parallel,
         lambda world, steps: train_router(
             settings, out, world, resume=resume, progress=steps, say=steps.say
         ),

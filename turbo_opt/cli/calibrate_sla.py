@@ -47,7 +47,7 @@ def sla(
         run_job(
             session,
             device,
-            None,
+            1,
             lambda world, steps: solve_sla(settings, out, world, progress=steps, say=steps.say),
         )
         return
@@ -55,7 +55,7 @@ def sla(
     run_job(
         session,
         device,
-        settings.training,
+        settings.training.context_parallel,
         lambda world, steps: train_sla(
             settings, out, world, resume=resume, progress=steps, say=steps.say
         ),

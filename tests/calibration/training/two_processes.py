@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from turbo_opt.calibration.jobs.load import load_job
@@ -30,14 +29,10 @@ THREE = ["closed_form.clips=3"]  # one process has a clip more than the other
 def main(home: Path, out: Path) -> None:
     torch.set_num_threads(1)
     job = load_job(home / "job.yaml", SLAJob)
-    with start_world("cpu", context_size=2, shard="hybrid") as context:
-        alike = {"context_size": 1, "context_group": None}
-        data = dataclasses.replace(context, mesh=init_device_mesh("cpu", (2,)), **alike)
-        each_whole = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "context"))
-        copies = dataclasses.replace(context, mesh=each_whole, **alike)
-        for name, world in (("data", data), ("context", context), ("copies", copies)):
+    with start_world("cpu", context_size=2) as context:
+        data = dataclasses.replace(context, context_size=1, context_group=None)
+        for name, world in (("data", data), ("context", context)):
             train_sla(job, out / name, world, progress=quiet)
-            (out / f"{name}-{world.rank}.txt").write_text(str(rows_of_a_weight(world)))
         train_router(
             load_job(home / "router.yaml", RouterJob), out / "router", data, progress=quiet
         )
@@ -62,13 +57,6 @@ def main(home: Path, out: Path) -> None:
         except TurboOptError as error:
             (out / f"diverged-{data.rank}.txt").write_text(str(error))
         (out / f"finite-{data.rank}.txt").write_text(str(finite_with_one_part_spoiled(job, data)))
-
-
-def rows_of_a_weight(world: World) -> int:
-    """How many of four this process has."""
-    network = nn.Linear(4, 4)
-    fully_shard(network, mesh=world.mesh)
-    return len(network.weight.to_local())
 
 
 def finite_with_one_part_spoiled(job: SLAJob, world: World) -> list[bool]:
