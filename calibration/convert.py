@@ -41,6 +41,7 @@ _MODEL, _AVERAGE = "model.", "average."
 _STUDENT = "student"
 _DISTILLS = "rcm"
 """The job whose student is sampled in few steps, and its section."""
+_DENOISERS = ("transformer", "transformer_2")
 _PATCH_EMBEDDING = "patch_embedding.weight"
 _PATCH = (1, 2, 2)
 """Frames, rows and columns of a patch, in every Wan."""
@@ -169,8 +170,15 @@ def _said_by_job(checkpoint: Path, network: str) -> list[Record]:
 
 
 def _network_in(source: Path) -> Path:
-    """The denoiser's folder where `source` is a pipeline's, else `source`."""
-    return source / "transformer" if (source / "transformer").is_dir() else source
+    """The denoiser's folder where `source` is a pipeline's, else `source`.
+
+    Raises:
+        BadInput: the pipeline has two.
+    """
+    found = [source / name for name in _DENOISERS if (source / name).is_dir()]
+    if len(found) > 1:
+        raise BadInput(f"{source}: has two denoisers; convert {found[0]} or {found[1]}")
+    return found[0] if found else source
 
 
 def _note_of(file: Path) -> Path:

@@ -175,9 +175,10 @@ class SampleSet:
         """Raise BadInput if more samples are broken than is put up with."""
         if len(self.broken) <= self.broken_share * len(self):
             return
+        first = self.some_broken(sorted(self.broken))
         raise BadInput(
             f"{self.path}: at least {len(self.broken)} of {len(self)} samples are broken, "
-            f"data.broken_share allows {self.broken_share:.0%} ({self.some_broken(self.broken)})"
+            f"data.broken_share allows {self.broken_share:.0%} ({first})"
         )
 
     def some_broken(self, numbers: Iterable[int]) -> str:

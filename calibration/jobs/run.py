@@ -154,7 +154,7 @@ def train(
                 "seconds": time.monotonic() - started,
                 "before": before,
                 "after": after,
-                "broken_samples": len(parts.samples.broken),
+                "broken_samples": trainer.broken_samples(),
                 "notes": list(remarks(trainer.step)),
             }
             values = (weights or shipped_weights)(objective)

@@ -109,6 +109,17 @@ class Checkpoints:
             raise BadInput(f"{pointer}: names {name!r}, which is no checkpoint in {self.folder}")
         return self.folder / name
 
+    def record(self, path: Path) -> dict[str, Any]:
+        """training.json of one of these checkpoints.
+
+        Raises:
+            BadInput: there is none that can be read; the message says how to go on without it.
+        """
+        try:
+            return read_record(path)
+        except BadInput as error:
+            raise BadInput(f"{error}; {self.way_around(path)}") from error
+
     def way_around(self, path: Path) -> str:
         """How to go on without this checkpoint: from the newest whole one before it."""
         older = [

@@ -18,7 +18,7 @@ from turbo_opt.calibration.flow import autocast, distance_to_noise
 from turbo_opt.calibration.jobs.schema import Job
 from turbo_opt.calibration.places import CHECKPOINTS
 from turbo_opt.calibration.training.blocks import first_compilation, uncompiled
-from turbo_opt.calibration.training.checkpoints import Checkpoints, read_record, step_of
+from turbo_opt.calibration.training.checkpoints import Checkpoints, step_of
 from turbo_opt.calibration.training.identity import check_same_job, identity_of
 from turbo_opt.calibration.training.logs import Log
 from turbo_opt.calibration.training.objective import Objective
@@ -103,7 +103,7 @@ class Trainer:
         path = self.checkpoints.latest()
         if path is None:
             return False
-        record = read_record(path)
+        record = self.checkpoints.record(path)
         check_same_job(path, record.get("identity"), self._identity)
         self.checkpoints.load(path, self._tensors())
         for trainee in self.trainees.values():
@@ -266,6 +266,11 @@ class Trainer:
                 "training.compile to false"
             )
 
+    def broken_samples(self) -> int:
+        """How many of the samples that any process drew could not be used. All processes call."""
+        count = torch.tensor(float(len(self._samples.broken)), device=self.world.device)
+        return round(float(self.world.sum(count)) / self.world.context_size)
+
     def _micro_batches(self) -> Iterator[Batch]:
         """This process's samples of the step."""
         share = self.job.training.batch // self.world.data_size
@@ -291,7 +296,7 @@ class Trainer:
             with self.shipped.averaged(job.export.average), uncompiled():
                 row |= self._draw(self.step, self.shipped.network)
         if row:
-            row["broken_samples"] = len(self._samples.broken)
+            row["broken_samples"] = self.broken_samples()
             self._log(log, row)
         self.checkpoints.poll()
         if saving:

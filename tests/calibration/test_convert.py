@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,18 @@ def test_a_dcp_folder_of_another_program_is_read_under_diffusers_names(tmp_path:
 
 def test_a_diffusers_folder_is_read(home: Path, tmp_path: Path) -> None:
     convert(home / "teacher", tmp_path / "out.safetensors")
+    assert_same(load_file(tmp_path / "out.safetensors"), load_file(home / "teacher" / TEACHER))
+
+
+def test_of_two_experts_one_has_to_be_named(home: Path, tmp_path: Path) -> None:
+    pair = tmp_path / "pair"
+    shutil.copytree(home / "teacher", pair)
+    shutil.copytree(pair / "transformer", pair / "transformer_2")
+    which = f"pair: has two denoisers; convert {pair}/transformer or {pair}/transformer_2"
+    with pytest.raises(BadInput, match=which):
+        convert(pair, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+    convert(pair / "transformer_2", tmp_path / "out.safetensors")
     assert_same(load_file(tmp_path / "out.safetensors"), load_file(home / "teacher" / TEACHER))
 
 

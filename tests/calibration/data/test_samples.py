@@ -85,6 +85,16 @@ def test_too_many_broken_samples_stop_the_job_and_are_named(samples_folder) -> N
         samples.read(2)
 
 
+def test_the_first_broken_sample_is_named_whichever_was_read_first(samples_folder) -> None:
+    folder = samples_folder()
+    samples = SampleSet.open(folder, broken_share=0.2)
+    for number in (5, 1):
+        spoil(folder / f"{number:06d}.safetensors", latents=None)
+    assert samples.read(5) is None
+    with pytest.raises(BadInput, match=r"allows 20% \(000001\.safetensors: .*000005"):
+        samples.read(1)
+
+
 def test_samples_lie_in_tars_too(samples_folder) -> None:
     folder = samples_folder()
     expected = SampleSet.open(folder).read(3)

@@ -160,6 +160,17 @@ def test_of_a_damaged_checkpoint_the_one_before_is_named(tmp_path: Path) -> None
     assert torch.equal(found["updates"], torch.tensor(2.0))
 
 
+@pytest.mark.parametrize("file", [".metadata", "training.json"])
+def test_of_an_unfinished_checkpoint_the_one_before_is_named(tmp_path: Path, file: str) -> None:
+    store = checkpoints(tmp_path, keep=4)
+    for step in (1, 2):
+        store.save(step, tensors(step), {})
+    (tmp_path / "step-000002" / file).unlink()
+    with pytest.raises(BadInput, match=rf"; write step-000001 into {tmp_path}/latest, and"):
+        store.record(store.latest())
+    assert store.record(tmp_path / "step-000001")["step"] == 1
+
+
 def test_another_model_is_told_by_names_and_by_shapes(saved: Path) -> None:
     with pytest.raises(BadInput, match=r"lacks 1 of 1 tensors \(other\); it is a checkpoint of"):
         read_tensors(saved, {"other": torch.zeros(1)})

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.calibration.conftest import JOB, ROUTER_JOB, write_teacher
-from tests.calibration.training.two_processes import THREE
+from tests.calibration.training.two_processes import DISCRETE, THREE
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
+from turbo_opt.calibration.rcm.run import train_rcm
+from turbo_opt.calibration.rcm.schema import RCMJob
 from turbo_opt.calibration.sla.run import solve_sla, train_sla
 from turbo_opt.calibration.sla2.run import train_router
 from turbo_opt.calibration.sla2.schema import RouterJob
@@ -30,6 +32,16 @@ def log(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+RCM_JOB = """\
+schema_version: 1
+job: rcm
+teacher: {source: ./teacher}
+data: {folder: samples, held_out: 2}
+rcm: {warm_up: 1, reverse: {student_every: 2, rollout_steps: 2}}
+training: {steps: 4, batch: 2, rate: 1.0e-4, compute_dtype: float32}
+save: {every: 3}
+log: {every: 1, evaluate_every: 2}
+"""
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -50,7 +62,8 @@ def trained(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     `alone`, `data` and `context` tune for SLA, `companion alone` and `companion` in turns with
     another model and with an average of the weights; `router alone` and `router` are stage 1 of
-    SLA2, `routed alone` and `routed` stage 2.
+    SLA2, `routed alone` and `routed` stage 2. `rcm alone` and `rcm` distil, and so do `discrete
+    alone` and `discrete`, along the teacher's path by differences.
     """
     out = tmp_path_factory.mktemp("two")
     # An average that is evaluated after each step must not stay in the place of the weights.
@@ -61,6 +74,7 @@ def trained(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     averaged = JOB.replace("rate: 3.0e-4", "rate: 3.0e-4, average: 0.5")
     companion = f"companions: [{{source: {other}, noise: {{low: 0.5}}}}]\n"
     (home / "companion.yaml").write_text(averaged + companion)
+    (home / "rcm.yaml").write_text(RCM_JOB)
     start = (
         f"mode: sla2, topk: 0.5, block_q: 64, block_k: 64}}\nstudent: {{start: {out}/start/model}}"
     )
@@ -89,11 +103,15 @@ def trained(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_alone(home, out / "alone")
     train_alone(home, out / "companion alone", job="companion")
     train_alone(home, out / "routed alone", job="routed")
+    for name, settings in (("rcm", []), ("discrete", DISCRETE)):
+        distilled = load_job(home / "rcm.yaml", RCMJob, settings)
+        train_rcm(distilled, out / f"{name} alone", ALONE, progress=quiet)
     return out
 
 
 PAIRS = [("alone", "data"), ("alone", "context")]
 PAIRS += [("companion alone", "companion"), ("router alone", "router"), ("routed alone", "routed")]
+PAIRS += [("rcm alone", "rcm"), ("discrete alone", "discrete")]
 each_pair = pytest.mark.parametrize(("one", "two"), PAIRS, ids=[pair[1] for pair in PAIRS])
 
 

@@ -15,6 +15,8 @@ from torch.distributed.fsdp import fully_shard
 
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
+from turbo_opt.calibration.rcm.run import train_rcm
+from turbo_opt.calibration.rcm.schema import RCMJob
 from turbo_opt.calibration.sla.run import solve_sla, train_sla
 from turbo_opt.calibration.sla2.run import train_router
 from turbo_opt.calibration.sla2.schema import RouterJob
@@ -23,6 +25,7 @@ from turbo_opt.calibration.training.world import World, start_world
 from turbo_opt.errors import BadInput, TurboOptError
 
 DIVERGING = ["training.rate=1e20", "training.steps=1", "data.held_out=0"]
+DISCRETE = ["rcm.forward.form=discrete", "rcm.forward.tangent=difference"]
 THREE = ["closed_form.clips=3"]  # one process has a clip more than the other
 
 
@@ -38,6 +41,10 @@ def main(home: Path, out: Path) -> None:
         )
         solved = load_job(home / "job.yaml", SLAJob, THREE)
         solve_sla(solved, out / "solved", data, progress=quiet)
+        distilled = load_job(home / "rcm.yaml", RCMJob)
+        train_rcm(distilled, out / "rcm", data, progress=quiet)
+        shared = load_job(home / "rcm.yaml", RCMJob, DISCRETE)
+        train_rcm(shared, out / "discrete", context, progress=quiet)
         led = load_job(home / "companion.yaml", SLAJob)
         train_sla(led, out / "companion", context, progress=quiet)
         routed = load_job(home / "routed.yaml", SLAJob)
