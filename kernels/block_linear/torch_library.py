@@ -42,7 +42,7 @@ def _by_scaled_mm(
         scale_recipe_a=ScalingType.BlockWise1x128,
         scale_b=_weight_scale_for_scaled_mm(weight_scale),
         scale_recipe_b=ScalingType.BlockWise128x128,
-        bias=bias if bias is None else bias.to(dtype),
+        bias=bias if bias is None else bias.to(dtype).contiguous(),
         output_dtype=dtype,
     )
 

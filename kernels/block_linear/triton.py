@@ -279,6 +279,7 @@ def block_linear(
         return y
     q_MK, y_MN = q.reshape(-1, in_features).contiguous(), y.view(-1, features)
     weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
     tokens = q_MK.shape[0]
     tma = _tma_serves(q_MK, weight, y_MN)
     if tma:

@@ -2,7 +2,8 @@
 
     linear_gelu_quantize(q, w) = quantize_activation(gelu_tanh(dequant(q) · dequant(w)ᵀ + bias))
 
-The sums are neither rounded nor stored before GELU, but by the provider `composed`.
+The sums are neither rounded nor stored before GELU, but by the provider `composed`. Triton's
+product, which has not been measured yet, comes after it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,13 @@ from __future__ import annotations
 import torch
 
 from .._cuda.compiler import unavailable
-from ..block_linear import BlockLinearCall, check_layer, cuda_supports, describe
+from ..block_linear import (
+    BlockLinearCall,
+    check_layer,
+    cuda_supports,
+    describe,
+    triton_supports,
+)
 from ..block_linear import fake as fake_layer
 from ..block_quantize import fake as fake_quantization
 from ..capability import Capability
@@ -63,6 +70,7 @@ LINEAR_GELU_QUANTIZE = Operator(
     providers=[
         Provider("cuda", f"{__name__}.cuda", cuda_supports, unavailable=unavailable),
         Provider("composed", f"{__name__}.composed", composes),
+        Provider("triton", f"{__name__}.triton", triton_supports, requires="triton"),
     ],
 )
 

@@ -106,9 +106,9 @@ def fewest_tokens(capability: Capability) -> int | None:
     """Queries and keys from which 8-bit products save more time than rounding q and k takes.
 
     None: there are never enough. On Hopper from times on an H200 (benchmarks/results/kernels.json):
-    at 512 keys 8 bits lose (12 heads × 32,760 queries: 0.279 ms against 0.208; 40 × 75,600: 1.71
-    against 1.55), at as many keys as queries they win (8.87 against 11.6; 158.5 against 204.8), and
-    straight lines between the two meet at 1320 and 760 keys: the power of two above both. Elsewhere
+    at 512 keys 8 bits lose (12 heads × 32,760 queries: 0.313 ms against 0.207; 40 × 75,600: 1.71
+    against 1.57), at as many keys as queries they win (9.02 against 11.7; 159.6 against 210.0), and
+    straight lines between the two meet at 1740 and 720 keys: the power of two above both. Elsewhere
     estimates from the peak rates of the tensor cores. Those of data-centre Blackwell, sm10x, are
     expected to run 16 bits faster than our kernels reach in 8.
     """

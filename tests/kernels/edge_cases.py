@@ -35,3 +35,24 @@ EDGE_ROWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "a last block of one token": lambda x: x[:, :129].contiguous(),
 }
 """Name → (1, L ≥ 130, C ≥ 128) of any values → an edge case of that width."""
+
+
+def _of_equal_channels(x: torch.Tensor) -> torch.Tensor:
+    return x[:, :, :65].mean(-1, keepdim=True).expand(-1, -1, -1, x.shape[-1]).contiguous()
+
+
+def _of_equal_tokens(x: torch.Tensor) -> torch.Tensor:
+    return x[:, :, :1].expand(-1, -1, 65, -1).contiguous()
+
+
+Heads = tuple[torch.Tensor, ...]
+EDGE_HEADS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Heads]] = {
+    "zeros": lambda *qkv: tuple(torch.zeros_like(x[:, :, :65]) for x in qkv),
+    "queries and keys of zero": lambda q, k, v: (torch.zeros_like(q), torch.zeros_like(k), v),
+    "constant rows": lambda *qkv: tuple(_of_equal_channels(x) for x in qkv),
+    # Nothing is left of such keys when their mean is subtracted.
+    "equal tokens": lambda *qkv: tuple(_of_equal_tokens(x) for x in qkv),
+    "one token": lambda *qkv: tuple(x[:, :, :1] for x in qkv),
+    "a last block of one token": lambda *qkv: tuple(x[:, :, :129] for x in qkv),
+}
+"""Name → q, k and v (1, H, L ≥ 129, D) of any values → an edge case of attention."""

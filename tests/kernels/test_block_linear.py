@@ -61,6 +61,16 @@ def test_every_provider_equals_the_exact_product(scheme, dtype, with_bias, shape
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_bias_may_be_every_second_value_of_a_tensor(scheme, device):
+    operands, _ = problem(132, 256, 256, scheme, device)
+    bias = torch.randn(512, device=device)[::2]
+    expected = exact_product(operands, bias, scheme)
+    for provider in providers_for(operands, bias, scheme, torch.float32):
+        y = run_by(provider, "block_linear", *operands, bias, scheme, torch.float32)
+        assert relative_error(expected, y) < ROUNDING[torch.float32], provider
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantization_error_on_gaussian_data(scheme, device):
     operands, unquantized = problem(256, 256, 512, scheme, device)
     for provider in providers_for(operands, None, scheme, torch.bfloat16):

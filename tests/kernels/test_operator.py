@@ -73,9 +73,9 @@ def test_the_choice_may_be_asked_with_meta_tensors():
 
 def test_explain_says_why_each_other_provider_was_passed_over():
     choice = explain("block_linear", "sm90", *linear_arguments("fp8-block", tokens=7))
-    assert choice.provider == "triton"
+    assert choice.provider == "cuda"
     assert "multiple of 4" in choice.passed_over["torch"]
-    assert choice.passed_over["reference"] == "works, but 'triton' is preferred on sm90"
+    assert choice.passed_over["reference"] == "works, but 'cuda' is preferred on sm90"
     assert "not torch: the number of tokens" in str(choice)
 
 
