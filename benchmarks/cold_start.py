@@ -1,13 +1,13 @@
-"""From nothing to the first denoised step: a fresh process loads an artifact and takes one step.
+"""From nothing to the frames of a clip: a fresh process loads an artifact and makes one.
 
     python -m benchmarks.cold_start --model 1.3b --work DIR --out results/
 
-A synthetic checkpoint of random weights is compiled by the model's sparse recipe for an H200. Each
-run is a process of its own, timed from its start, interpreter and imports included, to the end of
-the first of rCM's four steps at the model's clip size. Once with empty caches of compiled kernels
-(Triton's and ours), so that every kernel is compiled and tuned, and then with what that run left
-behind. The artifact's files are in the page cache in both. Without a GPU, `--dry-run` takes the
-step on the CPU: it proves that the script runs.
+A synthetic model of random weights, as large as the real one, text encoder and VAE included, is
+compiled by the model's recipe of four steps for an H200. Each run is a process of its own, timed
+from its start, interpreter and imports included, to the frames of a clip of the model's size in
+host memory. Once with empty caches of compiled kernels (Triton's and ours), so that every kernel is
+compiled and tuned, and then with what that run left behind. All files are in the page cache in
+both. Without a GPU, `--dry-run` makes the clip on the CPU: it proves that the script runs.
 """
 
 from __future__ import annotations
@@ -26,61 +26,75 @@ import torch
 
 from benchmarks import results
 from benchmarks.compile_large import write_checkpoint
+from benchmarks.components import SMALL, Size, write_components
 from benchmarks.forward import CASES, Case
 from benchmarks.kernels._harness import Session
 from benchmarks.results import ROOT, Record
 
 _RECIPES = {
-    "1.3b": "wan2.1-t2v-1.3b/h200-sparse",
-    "14b": "wan2.1-t2v-14b/h200-sparse",
-    "tiny": "wan2.1-t2v-1.3b/h200-sparse",
+    "1.3b": "wan2.1-t2v-1.3b/h200-turbo",
+    "14b": "wan2.1-t2v-14b/h200-turbo",
+    "tiny": "wan2.1-t2v-1.3b/h200-turbo",
 }
 _CACHES = ("TRITON_CACHE_DIR", "TURBO_OPT_KERNEL_CACHE")
+_PROMPT = "a large red circle moves from left to right on a blue background" + ", slowly" * 70
 _PROCESS = """
 import json, sys, time
 import torch
 import turbo_opt
-from benchmarks.forward import four_steps
-from turbo_opt.ir.schedule import Schedule
-from turbo_opt.runtime.sampler import initial_latents, sample
-path, device, latent, began = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), float(sys.argv[4])
-imported = time.time()
+from turbo_opt.runtime.generate import generate
+path, device, size, prompt, began = sys.argv[1:]
+marks = [("start_s", time.time())]
 artifact = turbo_opt.load(path, device=device)
-loaded = time.time()
-four = four_steps()
-first = Schedule(four.steps[:1], initial_noise_scale=four.initial_noise_scale)
-generator = torch.Generator().manual_seed(0)
-shape = (1, artifact.config["in_channels"], *latent)
-prompt = torch.randn(1, 512, artifact.config["text_dim"], generator=generator)
-x = sample(
-    artifact.transformers, first, prompt.to(device, artifact.dtype),
-    latents=initial_latents(first, shape, generator, device), generator=generator,
-)
-assert x.isfinite().all()
-done = time.time()
-print(json.dumps({"start_s": imported - began, "load_s": loaded - imported,
-                  "step_s": done - loaded, "total_s": done - began}))
+
+def mark(name):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    marks.append((name, time.time()))
+
+def note(stage, done, total):
+    if (stage, done) in {("text", 1), ("decode", 1)}:
+        mark(stage + "_s")
+    elif stage == "denoise" and done == 1:
+        mark("step_s")
+    elif stage == "denoise" and done == total:
+        mark("steps_s")
+
+mark("load_s")
+frames = generate(artifact, prompt, progress=note, **json.loads(size))
+assert frames.std() > 0
+before = [float(began), *(when for _, when in marks)]
+parts = {name: when - last for (name, when), last in zip(marks, before)}
+print(json.dumps({**parts, "total_s": marks[-1][1] - float(began)}))
 """
+PARTS = ("start_s", "load_s", "text_s", "step_s", "steps_s", "decode_s")
+"""What a run's seconds go to: imports, the artifact, the prompt's embeddings (the text encoder and
+the VAE are read then), the first step, the others, the frames."""
 
 
-def prepare(model: str, work: Path) -> Path:
+def prepare(model: str, work: Path, device: torch.device) -> Path:
     """The artifact; one that an earlier run left in `work` is used again."""
     artifact = work / f"artifact-{model}"
     if artifact.is_dir():
         return artifact
-    checkpoint = work / f"checkpoint-{model}"
-    write_checkpoint(checkpoint, dict(CASES[model].config))
+    checkpoint, config = work / f"checkpoint-{model}", dict(CASES[model].config)
+    write_checkpoint(checkpoint, config)
+    size = SMALL if model == "tiny" else Size()
+    write_components(checkpoint, config["text_dim"], size, device)
     _python(
         ["-m", "turbo_opt", "--quiet", "run", _RECIPES[model], "--out", str(artifact),
-         "--set", f"model.source={checkpoint}", "--no-verify", "--no-cache"]
+         "--set", f"model.source={checkpoint}", "--set", f"weights.student={checkpoint}",
+         "--no-verify", "--no-cache"]
     )  # fmt: skip
     return artifact
 
 
-def first_step(artifact: Path, device: str, case: Case, caches: Path) -> dict[str, float]:
-    """Seconds of one process: until it runs, to load, for the step, and in all."""
+def first_clip(artifact: Path, device: str, case: Case, caches: Path) -> dict[str, float]:
+    """Seconds of one process: those of `PARTS`, and in all."""
     folders = {name: str(caches / name.lower()) for name in _CACHES}
-    arguments = [str(artifact), device, json.dumps(case.latent), str(time.time())]
+    frames, height, width = case.latent
+    size = {"num_frames": 4 * (frames - 1) + 1, "height": 8 * height, "width": 8 * width}
+    arguments = [str(artifact), device, json.dumps(size), _PROMPT, str(time.time())]
     output = _python(["-c", _PROCESS, *arguments], folders)
     return json.loads(output.splitlines()[-1])  # type: ignore[no-any-return]
 
@@ -88,14 +102,14 @@ def first_step(artifact: Path, device: str, case: Case, caches: Path) -> dict[st
 def run(model: str, session: Session, work: Path, runs: int) -> list[Record]:
     """Measure with empty and with warm caches, each `runs` times."""
     case, device = CASES[model], session.device.type
-    artifact = prepare(model, work)
+    artifact = prepare(model, work, session.device)
     with tempfile.TemporaryDirectory(dir=work) as unused:
-        first_step(artifact, device, case, Path(unused))  # brings the files into the page cache
+        first_clip(artifact, device, case, Path(unused))  # brings the files into the page cache
     found: dict[str, list[dict[str, float]]] = {"empty": [], "warm": []}
     for _ in range(runs):
         with tempfile.TemporaryDirectory(dir=work) as caches:
             for state in found:
-                found[state].append(first_step(artifact, device, case, Path(caches)))
+                found[state].append(first_clip(artifact, device, case, Path(caches)))
     return [_record(session, model, state, items) for state, items in found.items()]
 
 
@@ -103,7 +117,7 @@ def _record(session: Session, model: str, state: str, items: list[dict[str, floa
     totals = sorted(item["total_s"] for item in items)
     parts = {key: median(item[key] for item in items) for key in items[0] if key != "total_s"}
     return session.add(
-        f"{CASES[model].name}/cold_start_{state}_caches_s",
+        f"{CASES[model].name}/first_clip_{state}_caches_s",
         median(totals),
         "s",
         (totals[-1] - totals[0]) / 2,
@@ -124,7 +138,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=sorted(CASES), default="1.3b")
     parser.add_argument(
-        "--work", type=Path, required=True, help="folder for checkpoint and artifact: 5 GB for 1.3b"
+        "--work",
+        type=Path,
+        required=True,
+        help="folder for checkpoint and artifact: 18 GB for 1.3b",
     )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=results.RESULTS)

@@ -6,6 +6,7 @@
 The optimized graph of `benchmarks.forward` (random weights) denoises a clip in rCM's four steps,
 after runs that compile, tune and record. PyTorch's profiler gives the start and end of every kernel
 and copy on the device; idle is what their union leaves between the first start and the last end.
+Diffusers' model as it comes, with the same weights, takes the same steps before it: the baseline.
 With `--loop-graph` the run is timed instead, without a profiler, in turn as one CUDA graph and as
 one for each step. Without a GPU, `--dry-run` takes the outermost CPU operators of a tiny model
 instead: it proves that the script runs.
@@ -16,9 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,10 +30,12 @@ from torch.nn.attention import sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import results
-from benchmarks.forward import ATTENTION, CASES, PIPELINES, Bench, Case, measure
+from benchmarks.forward import ATTENTION, CASES, PIPELINES, STEPS, Bench, Case, measure
+from benchmarks.forward.run import EAGER
 from benchmarks.forward.timing import milliseconds
 from benchmarks.kernels._harness import Session, Timing
 from benchmarks.results import Record
+from turbo_opt.runtime.module import CompiledTransformer
 
 Interval = tuple[float, float]
 """Start and end, in microseconds."""
@@ -77,29 +82,62 @@ def work_intervals(call: Callable[[], Tensor], device: torch.device) -> list[Int
     ]
 
 
+@dataclass(frozen=True)
+class Idle:
+    """What a profiler saw of a few clips: median and spread of the share, and how many kernels."""
+
+    share: float
+    spread: float
+    kernels_and_copies: float
+
+    @classmethod
+    def of(cls, runs: Sequence[Sequence[Interval]]) -> Idle:
+        """From the intervals of each run."""
+        shares = [idle_share(intervals) for intervals in runs]
+        low, _, high = quantiles(shares, n=4)
+        return cls(median(shares), (high - low) / 2, median(len(each) for each in runs))
+
+
+def profiled(bench: Bench, clip: Callable[[], Tensor]) -> Idle:
+    """Profile a few clips; nothing is compiled, tuned or recorded any more."""
+    with torch.no_grad(), sdpa_kernel(ATTENTION, set_priority=True):
+        return Idle.of([work_intervals(clip, bench.device) for _ in range(_RUNS)])
+
+
+def eager_clip(bench: Bench) -> Callable[[], Tensor]:
+    """The four steps by diffusers' model as it comes."""
+    return bench.clip(cast("CompiledTransformer", bench.model))  # any network with diffusers' call
+
+
 def run(case: Case, session: Session, configuration: str) -> Record:
-    """Profile one configuration of one model."""
+    """Profile diffusers' model, then one configuration of it."""
     bench = Bench(case, session)
+    original = eager_clip(bench)
+    eager_timing, _, _ = measure(bench, original)
+    eager = profiled(bench, original)
     module, _ = bench.optimized(PIPELINES[configuration])
     clip = bench.clip(module)
     unprofiled, _, _ = measure(bench, clip, warmup=3)
-    with torch.no_grad(), sdpa_kernel(ATTENTION, set_priority=True):
-        found = [work_intervals(clip, bench.device) for _ in range(_RUNS)]
-    shares = [idle_share(intervals) for intervals in found]
-    low, _, high = quantiles(shares, n=4)
+    ours = profiled(bench, clip)
     return session.add(
         f"{case.name}/gpu_idle_share",
-        median(shares),
+        ours.share,
         "",
-        (high - low) / 2,
-        len(shares),
+        ours.spread,
+        _RUNS,
+        baseline={EAGER: eager.share},
         config={
             "configuration": configuration,
             "pipeline": PIPELINES[configuration],
             "latent": list(case.latent),
-            "steps": 4,
+            "steps": STEPS,
             "four_steps_ms_without_profiler": unprofiled.ms,
-            "kernels_and_copies": median(len(intervals) for intervals in found),
+            "kernels_and_copies": ours.kernels_and_copies,
+            EAGER: {
+                "spread": eager.spread,
+                "four_steps_ms_without_profiler": eager_timing.ms,
+                "kernels_and_copies": eager.kernels_and_copies,
+            },
         },
     )
 
@@ -129,7 +167,7 @@ def run_loop_graph(case: Case, session: Session, configuration: str) -> Record:
             "configuration": configuration,
             "pipeline": PIPELINES[configuration],
             "latent": list(case.latent),
-            "steps": 4,
+            "steps": STEPS,
             "loop_graph_status": status,
             "step_graphs_spread_ms": found[False].spread_ms,
         },

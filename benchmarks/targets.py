@@ -4,17 +4,19 @@
 
 Benchmarks record every configuration and every provider under a name of its own. Here each target
 gets the name and the unit that it was asked for by, its value from the best provider that can be
-chosen, and where that came from. Nothing is measured here. A target that no record answers has
-none.
+chosen, and where that came from. Nothing is measured here. A headline that no record answers has
+none; a memory-bound kernel that none answers has one that says so, and counts as missed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from benchmarks.results import RESULTS, Ceiling, Record, read, write
 
@@ -22,6 +24,8 @@ GPU = "h200"
 FILE = "targets.json"
 SOURCES = ("forward.json", "idle_share.json", "kernels.json")
 _SMALL, _LARGE = f"{GPU}/wan2.1-t2v-1.3b-480p", f"{GPU}/wan2.1-t2v-14b-720p"
+NOT_RECORDED = "not recorded"
+"""The source and the provider of a target that nothing has measured."""
 _CONFIGURATION = "sagesla-fp8"
 """Of the forwards: SageSLA at topk 0.1, linear layers in fp8."""
 
@@ -75,6 +79,15 @@ def same(record: Record) -> Record:
     return record
 
 
+Beside = Callable[[Record, Iterable[Record]], Mapping[str, float]]
+"""Baselines that stand in other records, from the record that answers a target and all of them."""
+
+
+def nothing(record: Record, records: Iterable[Record]) -> Mapping[str, float]:
+    """No baseline but what the record brings along."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Target:
     """One target.
@@ -86,6 +99,7 @@ class Target:
         prefix, suffix: a record that answers it is named `PREFIX/SUFFIX` or
             `PREFIX/PROVIDER/SUFFIX`.
         convert: from such a record to one of this unit.
+        beside: its baselines in other records.
     """
 
     name: str
@@ -94,6 +108,7 @@ class Target:
     prefix: str
     suffix: str
     convert: Callable[[Record], Record] = same
+    beside: Beside = nothing
 
     def answered_by(self, name: str) -> bool:
         """Is this the name of a record that measures the target, by any provider?"""
@@ -110,15 +125,26 @@ class Target:
         if not found:
             return None
         best = self.limits.best(self.convert(record) for record in found)
-        config = {
+        config = self._config(
+            self.limits.verdict(best.value), best.name, best.config.get("provider")
+        )
+        baseline = {**best.baseline, **self.beside(best, records)}
+        return replace(best, name=self.name, unit=self.unit, baseline=baseline, config=config)
+
+    def not_recorded(self) -> Record:
+        """The record of a target that nothing has measured: missed, of no run."""
+        config = self._config(Verdict.MISSED, NOT_RECORDED, NOT_RECORDED)
+        return Record(self.name, 0.0, self.unit, spread=0.0, runs=0, config=config)
+
+    def _config(self, verdict: Verdict, source: str, provider: str | None) -> dict[str, Any]:
+        return {
             "sense": str(self.limits.sense),
             "must": self.limits.must,
             "aim": self.limits.aim,
-            "verdict": str(self.limits.verdict(best.value)),
-            "source": best.name,
-            "provider": best.config.get("provider"),
+            "verdict": str(verdict),
+            "source": source,
+            "provider": provider,
         }
-        return replace(best, name=self.name, unit=self.unit, config=config)
 
 
 def scaled(record: Record, factor: float, unit: str) -> Record:
@@ -152,6 +178,26 @@ def peak_memory(record: Record) -> Record:
     )  # fmt: skip
 
 
+def diffusers_peaks(record: Record, records: Iterable[Record]) -> Mapping[str, float]:
+    """The peaks of diffusers' forwards of the same model, in the same run."""
+    model, _ = record.name.removesuffix("/four_steps_ms").rsplit("/", 1)
+    run = record.commit, record.date
+    forwards = {other.name: other for other in records if (other.commit, other.date) == run}
+    names = {
+        name: f"{model}/{name}/forward_ms" for name in ("diffusers-eager", "diffusers-compiled")
+    }
+    return {
+        name: forwards[source].config["peak_gib"]
+        for name, source in names.items()
+        if source in forwards
+    }
+
+
+def _named(*parts: Iterable[str]) -> Iterator[str]:
+    """Every choice of one of each, as a record's name has them."""
+    return map("/".join, product(*parts))
+
+
 def _at_most(must: float, aim: float) -> Limits:
     return Limits(Sense.AT_MOST, must, aim)
 
@@ -162,9 +208,10 @@ def _at_least(must: float, aim: float) -> Limits:
 
 def _forward(
     model: str, metric: str, unit: str, limits: Limits, source: str,
-    convert: Callable[[Record], Record] = same,
+    convert: Callable[[Record], Record] = same, beside: Beside = nothing,
 ) -> Target:  # fmt: skip
-    return Target(f"{model}/{metric}", unit, limits, f"{model}/{_CONFIGURATION}", source, convert)
+    prefix = f"{model}/{_CONFIGURATION}"
+    return Target(f"{model}/{metric}", unit, limits, prefix, source, convert, beside)
 
 
 def _kernel(kernel: str, metric: str, unit: str, limits: Limits) -> Target:
@@ -184,7 +231,9 @@ HEADLINES = (
     _forward(_SMALL, "four_steps_s", "s", _at_most(0.55, 0.46), "four_steps_ms", in_seconds),
     _forward(_LARGE, "forward_ms", "ms", _at_most(2700, 2350), "forward_ms"),
     _forward(_LARGE, "four_steps_s", "s", _at_most(10.8, 9.4), "four_steps_ms", in_seconds),
-    _forward(_LARGE, "peak_gib", "GiB", _at_most(22, 19), "four_steps_ms", peak_memory),
+    _forward(
+        _LARGE, "peak_gib", "GiB", _at_most(22, 19), "four_steps_ms", peak_memory, diffusers_peaks
+    ),
     _kernel("sagesla", "12x32760_ms", "ms", _at_most(1.5, 1.15)),
     _kernel("sagesla", "40x75600_ms", "ms", _at_most(19, 15.5)),
     _kernel("block_sparse_attention", "40x75600_tops", "TOPS", _at_least(780, 950)),
@@ -194,25 +243,54 @@ HEADLINES = (
 )
 """The targets of one model or one shape, in the order they were asked for."""
 SHARE_OF_COPY = _at_least(0.80, 0.92)
-"""Of every memory-bound kernel, at every shape that is recorded."""
+"""Of every memory-bound kernel, at the shapes of both models and at any other that is recorded."""
+_ROWS, _FFN_ROWS = ("32760x1536", "75600x5120"), ("32760x8960", "75600x13824")
+"""tokens x channels of the models' streams, and inside their feed-forward layers."""
+_SCHEMES = ("fp8-block", "int8-block")
+MEMORY_BOUND = (
+    *_named(("adaln", "layer_norm", "rms_norm", "norm_rope", "gated_residual"), _ROWS),
+    *_named(("adaln_quantize", "layer_norm_quantize"), _SCHEMES, _ROWS),
+    *_named(("residual_adaln_quantize", "residual_layer_norm_quantize"), _SCHEMES, _ROWS),
+    *_named(("quantize_activation",), _SCHEMES, (*_ROWS, *_FFN_ROWS)),
+    *_named(("gelu_quantize",), _SCHEMES, _FFN_ROWS),
+    # What prepares q, k and v inside `sagesla`, on Hopper.
+    *_named(("measure_rms", "measure_keys", "prepare_keys", "prepare_queries"), _ROWS),
+)
+"""Every memory-bound kernel with its scheme, if it has one, and its shapes, recorded or not."""
 
 
-def shares_of_copy(records: Iterable[Record]) -> Iterator[Target]:
-    """A target for each memory-bound kernel, scheme and shape that is recorded."""
-    kernels = {
+def shares_of_copy(records: Iterable[Record]) -> list[Target]:
+    """A target for each memory-bound kernel, scheme and shape, wanted or recorded."""
+    recorded = {
         match[1]
         for record in records
-        if (match := re.fullmatch(rf"({GPU}/.+)/[^/]+/share_of_copy", record.name))
+        if (match := re.fullmatch(rf"{GPU}/(.+/\d+x\d+)(/[^/]+)?/share_of_copy", record.name))
     }
-    for kernel in sorted(kernels):
-        yield Target(f"{kernel}/share_of_copy", "", SHARE_OF_COPY, kernel, "share_of_copy")
+    return [
+        Target(
+            f"{GPU}/{kernel}/share_of_copy", "", SHARE_OF_COPY, f"{GPU}/{kernel}", "share_of_copy"
+        )
+        for kernel in sorted(recorded.union(MEMORY_BOUND))
+    ]
 
 
 def derived(records: Sequence[Record]) -> list[Record]:
     """The records of all targets that `records` answer, in order of their names."""
     targets = (*HEADLINES, *shares_of_copy(records))
     answers = (target.derived(records) for target in targets)
-    return sorted((answer for answer in answers if answer), key=lambda record: record.name)
+    return _in_order(answer for answer in answers if answer)
+
+
+def complete(records: Sequence[Record]) -> list[Record]:
+    """`derived`, and what says of each memory-bound kernel without a record that it has none."""
+    answered = derived(records)
+    names = {record.name for record in answered}
+    missing = (share for share in shares_of_copy(records) if share.name not in names)
+    return _in_order([*answered, *(share.not_recorded() for share in missing)])
+
+
+def _in_order(records: Iterable[Record]) -> list[Record]:
+    return sorted(records, key=lambda record: record.name)
 
 
 def measured(folder: Path = RESULTS) -> list[Record]:
@@ -222,10 +300,11 @@ def measured(folder: Path = RESULTS) -> list[Record]:
 
 def main() -> None:
     """Write targets.json: only what is derived now, so that nothing outlives its source."""
-    records = derived(measured())
+    records = complete(measured())
     write(RESULTS / FILE, records)
     for record in records:
-        print(f"{record.name}: {record.value:.4g} {record.unit}, {record.config['verdict']}")
+        value = f"{record.value:.4g} {record.unit}" if record.runs else NOT_RECORDED
+        print(f"{record.name}: {value}, {record.config['verdict']}")
 
 
 if __name__ == "__main__":

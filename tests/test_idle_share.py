@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.forward import CASES
-from benchmarks.idle_share import idle_share, run_loop_graph, work_intervals
+from benchmarks.idle_share import idle_share, run, run_loop_graph, work_intervals
 from benchmarks.kernels._harness import Session
 
 
@@ -46,6 +46,17 @@ def test_the_profiler_gives_intervals_that_cover_the_work():
     x = torch.randn(400, 400)
     intervals = work_intervals(lambda: x @ x, torch.device("cpu"))
     assert intervals and 0 <= idle_share(intervals) < 0.5
+
+
+def test_a_configuration_stands_beside_diffusers_model_in_the_same_run():
+    record = run(CASES["tiny"], Session(dry=True), "fused-fp8")
+    assert record.name == "dry/tiny-random/gpu_idle_share"
+    assert 0 <= record.value < 1 and record.runs == 5
+    assert (
+        set(record.baseline) == {"diffusers-eager"} and 0 <= record.baseline["diffusers-eager"] < 1
+    )
+    eager = record.config["diffusers-eager"]
+    assert eager["four_steps_ms_without_profiler"] > 0 and eager["kernels_and_copies"] > 0
 
 
 def test_a_loop_is_timed_beside_its_steps_and_the_record_says_whether_it_was_one():

@@ -11,7 +11,7 @@ import torch
 
 import benchmarks.forward
 from benchmarks import results
-from benchmarks.forward.cases import CASES
+from benchmarks.forward.cases import CASES, PROMPT_TOKENS
 from benchmarks.forward.run import ONLY, run
 from benchmarks.kernels._harness import Session
 
@@ -29,6 +29,10 @@ def main() -> int:
         help=f"configurations to measure: {', '.join(ONLY)}",
     )  # fmt: skip
     parser.add_argument(
+        "--prompt-tokens", type=int, choices=range(1, 513), metavar="N",
+        help=f"of the prompt's 512 positions; {PROMPT_TOKENS} unless said",
+    )  # fmt: skip
+    parser.add_argument(
         "--dry-run", action="store_true",
         help="on the CPU, with --model tiny: proves that the script runs",
     )  # fmt: skip
@@ -37,7 +41,10 @@ def main() -> int:
         print("no CUDA device; --dry-run --model tiny runs on the CPU", file=sys.stderr)
         return 2
     session = Session(dry=options.dry_run)
-    run(CASES[options.model], session, options.only, options.out)
+    case = CASES[options.model]
+    if options.prompt_tokens is not None:
+        case = case.with_prompt(options.prompt_tokens)
+    run(case, session, options.only, options.out)
     print(results.tabulate(session.records))
     print(json.dumps(session.environment))
     return 0

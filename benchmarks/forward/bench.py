@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.forward.cases import PROMPT_TOKENS, Case
+from benchmarks.forward.cases import Case
 from benchmarks.forward.configurations import four_steps
 from benchmarks.forward.random_weights import random_projections, random_weights
 from benchmarks.kernels._harness import Session
@@ -147,7 +147,7 @@ class Bench:
     def _prompt(self) -> Tensor:
         """Embeddings padded with zeros, as diffusers' pipeline pads what the text encoder gives."""
         embeddings = self._noise(1, 512, self.case.config["text_dim"])
-        embeddings[:, PROMPT_TOKENS:] = 0
+        embeddings[:, self.case.prompt_tokens :] = 0
         return embeddings
 
     def _noise(self, *shape: int) -> Tensor:

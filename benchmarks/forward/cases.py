@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 PROMPT_TOKENS = 160
-"""Of 512 positions: an extended prompt of some 120 words."""
+"""Unless another number is asked for: an extended prompt of some 120 words."""
 HEAD_DIM = 128
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a clip: the diffusers config and the latent's (frames, height, width)."""
+    """A model, a clip and its prompt: the diffusers config, the latent's (frames, height, width),
+    the prompt's tokens of 512 positions."""
 
     name: str
     config: dict[str, Any]
     latent: tuple[int, int, int]
     runs: int
+    prompt_tokens: int = PROMPT_TOKENS
+
+    def with_prompt(self, tokens: int) -> Case:
+        """The same with another length of the prompt, which its name says."""
+        return replace(self, name=f"{self.name}-prompt-{tokens}", prompt_tokens=tokens)
 
     @property
     def tokens(self) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.forward.cases import HEAD_DIM, PROMPT_TOKENS, Case
+from benchmarks.forward.cases import HEAD_DIM, Case
 from benchmarks.kernels._harness import Session, dense_attention
 from benchmarks.kernels._sparse import eight_bit_matmul
 from benchmarks.results import Ceiling
@@ -99,7 +99,9 @@ class Work:
             linear += 2 * PROMPT_POSITIONS * 2 * dim**2
         sparse = computation.attention in ("sla", "sagesla")
         kept = kept_blocks(computation.topk, tokens, computation.block_k) * computation.block_k
-        prompt = PROMPT_TOKENS + 1 if computation.padding_once else PROMPT_POSITIONS
+        prompt = PROMPT_POSITIONS
+        if computation.padding_once:
+            prompt = min(prompt, case.prompt_tokens + 1)
         return cls(
             linear,
             4 * tokens * (kept if sparse else tokens) * dim,

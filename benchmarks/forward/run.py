@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import results
 from benchmarks.forward.bench import Bench
-from benchmarks.forward.cases import PROMPT_TOKENS, Case
+from benchmarks.forward.cases import Case
 from benchmarks.forward.configurations import PIPELINES, SPARSE_REFERENCE, STEPS
 from benchmarks.forward.floors import Computation, Rates, floor, measured_rates
 from benchmarks.forward.rivals import RIVALS, attending_as, missing, replaced_bytes
@@ -84,7 +84,7 @@ class Run:
             "peak_gib": peak / 2**30,
             "weight_gib": weight_bytes / 2**30,
             "latent": list(self.bench.case.latent),
-            "prompt_tokens": PROMPT_TOKENS,
+            "prompt_tokens": self.bench.case.prompt_tokens,
         }
 
 

@@ -48,10 +48,16 @@ def operations(heads: int, tokens: int) -> int:
     return 4 * queries * kept_blocks(TOPK, tokens, BLOCK_K) * BLOCK_K * HEAD_DIM * heads
 
 
-def eight_bit_matmul(session: Session) -> Ceiling:
-    """Half of the operations at the int8 library product's rate, half at the fp8 one's."""
+def eight_bit_matmul(session: Session, pv: str = "fp8") -> Ceiling:
+    """Half of the operations at the int8 library product's rate, half at that of P·v's.
+
+    Args:
+        pv: what P and v are multiplied in, `fp8` or `16bit`.
+    """
     int8, fp8 = (session.library_matmul[name].value for name in ("int8-block", "fp8-block"))
-    return Ceiling(2 / (1 / int8 + 1 / fp8), "TOPS", "int8 and fp8 library matmul 8192³, half each")
+    name, other = ("fp8", fp8) if pv == "fp8" else ("bf16", session.bf16_matmul.value)
+    what = f"int8 and {name} library matmul 8192³, half each"
+    return Ceiling(2 / (1 / int8 + 1 / other), "TOPS", what)
 
 
 def bench_sparse(

@@ -32,6 +32,7 @@ BENCHES = [
     "block_routing",
     "norm_rope_sagesla",
     "norm_rope_sagesla_quantize",
+    "cuda_preparation",
     "sagesla",
     "sla",
     "sage_sparse_attention",

@@ -7,6 +7,7 @@ from benchmarks.targets import GPU
 
 MODELS = {
     "wan2.1-t2v-1.3b-480p": "1.3B, 480p, 81 frames",
+    "wan2.1-t2v-1.3b-480p-prompt-512": "1.3B, 480p, 81 frames, a prompt without padding",
     "wan2.1-t2v-14b-720p": "14B, 720p, 81 frames",
 }
 

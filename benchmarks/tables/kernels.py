@@ -16,7 +16,7 @@ _OPERATORS = {
     "block_sparse_attention/{shape}_ms": "sparse attention by given lists, 16 bits",
     "block_sparse_attention_backward/{shape}_ms": "… its derivative",
     "sage_attention/{shape}x{tokens}_ms": "`sage_attention`: dense, 8 bits",
-    "sage_attention/sageattention/{shape}x{tokens}_ms": "… by the package `sageattention`, 1.0.6",
+    "sage_attention/sageattention/{shape}x{tokens}_ms": "… `sageattention` 1.0.6, P·v in 16 bits",
     "attention_jvp/{shape}x{tokens}_ms": "dense attention and its forward derivative, 16 bits",
     "attention_jvp/{shape}x512_ms": "… to a prompt of 512",
 }

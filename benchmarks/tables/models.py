@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.cold_start import PARTS
 from benchmarks.results import Record
 from benchmarks.tables.cells import MODELS, by_name
 from benchmarks.targets import GPU
@@ -34,6 +35,8 @@ def forward() -> str:
             for key in _CONFIGURATIONS
             if f"{GPU}/{model}/{key}/forward_ms" in records
         }
+        if not rows:
+            continue
         lines += [
             f"**{title}**, one H200, random weights:",
             "",
@@ -61,17 +64,19 @@ def _forward_row(key: str, record: Record) -> str:
 
 
 def cold_start() -> str:
-    """From a process's start to the first denoised step."""
+    """From a process's start to the frames of its first clip, or to its first denoised step."""
     lines = [
-        "| model | compiled kernels | imports | load | first step | in all |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| model | compiled kernels | imports | load | text | first step | others | frames "
+        "| in all |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for record in by_name("cold_start.json").values():
         _, model, metric = record.name.split("/")
         caches = "none yet" if "empty" in metric else "of an earlier process"
-        parts = [f"{record.config[part]:.1f} s" for part in ("start_s", "load_s", "step_s")]
+        seconds = (record.config.get(part) for part in PARTS)
+        parts = ["" if value is None else f"{value:.1f} s" for value in seconds]
         lines.append(
-            f"| {MODELS[model]} | {caches} | {' | '.join(parts)} | "
+            f"| {MODELS.get(model, model)} | {caches} | {' | '.join(parts)} | "
             f"{record.value:.1f} ± {record.spread:.1f} s |"
         )
     return "\n".join(lines)
@@ -89,7 +94,7 @@ def clips() -> str:
             eager = record.baseline["diffusers-eager"]
             compiled = record.baseline.get("diffusers-compiled")  # not of every run
             lines.append(
-                f"| {MODELS[model]}, {key} | {eager / 1e3:.1f} s | "
+                f"| {MODELS.get(model, model)}, {key} | {eager / 1e3:.1f} s | "
                 f"{f'{compiled / 1e3:.1f} s' if compiled else ''} | "
                 f"{record.value / 1e3:.2f} s | {eager / record.value:.0f}× | "
                 f"{record.config['peak_gib']:.1f} GiB |"

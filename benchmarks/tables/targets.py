@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.results import Record
 from benchmarks.tables.cells import by_name, number, short
-from benchmarks.targets import FILE, HEADLINES, SHARE_OF_COPY, Limits, Verdict
+from benchmarks.targets import FILE, HEADLINES, NOT_RECORDED, SHARE_OF_COPY, Limits, Verdict
 
 
 def targets() -> str:
@@ -53,8 +53,14 @@ def _all_shares(records: list[Record]) -> str:
     reached = [record for record in records if record.config["verdict"] != Verdict.MISSED]
     verdict = "must reached" if records and reached == records else "**missed**"
     value = f"{len(reached)} of {len(records)} reach it"
+    missing = sum(_is_missing(record) for record in records)
+    value += f", {missing} not recorded" if missing else ""
     limits = _limits(SHARE_OF_COPY)
     return f"| `<memory-bound kernel>/share_of_copy` | {limits} | {value} | {verdict} | | below |"
+
+
+def _is_missing(record: Record) -> bool:
+    return record.config["source"] == NOT_RECORDED
 
 
 def _shares() -> list[Record]:
@@ -70,8 +76,9 @@ def shares() -> str:
     ]
     for record in _shares():
         kernel, *scheme, shape, _ = short(record.name).split("/")
-        lines.append(
-            f"| `{kernel}` | {''.join(scheme)} | {shape.replace('x', ' × ')} | "
-            f"{record.config['provider']} | {record.value:.3f} | {_verdict(record)} |"
-        )
+        measured = f"{record.config['provider']} | {record.value:.3f} | {_verdict(record)}"
+        if _is_missing(record):
+            measured = f" | {NOT_RECORDED} | "
+        sides = shape.replace("x", " × ")
+        lines.append(f"| `{kernel}` | {''.join(scheme)} | {sides} | {measured} |")
     return "\n".join(lines)

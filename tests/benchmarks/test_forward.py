@@ -43,6 +43,17 @@ def test_a_sparse_block_in_8_bits_is_counted_by_hand() -> None:
     )
 
 
+@pytest.mark.parametrize(("tokens", "keys"), [(20, 21), (511, 512), (512, 512)])
+def test_a_prompt_of_another_length_has_a_name_and_a_floor_of_its_own(
+    tokens: int, keys: int
+) -> None:
+    case = TOY.with_prompt(tokens)
+    assert case.name == f"{TOY.name}-prompt-{tokens}"
+    work = Work.of(case, Computation.of(PIPELINES["sagesla-fp8"]))
+    assert work.cross_attention == 2 * 2 * 256 * keys * 128
+    assert Work.of(case, Computation.of("")) == Work.of(TOY, Computation.of(""))
+
+
 def test_a_dense_block_in_8_bits_is_counted_by_hand() -> None:
     assert Work.of(TOY, Computation.of(PIPELINES["sage-fp8"])) == Work(
         linear=2 * 256 * (6 * 16_384 + 2 * 32_768),
