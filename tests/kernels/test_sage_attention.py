@@ -285,7 +285,7 @@ def test_on_an_h200_the_choice_is_what_was_measured_to_be_faster():
             times[record["config"]["provider"]] = record["value"]
     assert {512, 32760} <= {keys for _, keys in milliseconds}
     for (queries, keys), times in milliseconds.items():
-        assert times.keys() == {"triton", "sdpa"}
+        assert {"triton", "sdpa"} <= times.keys()
         chosen = choose("sage_attention", "sm90", *arguments(queries, keys))
         assert chosen == min(times, key=times.__getitem__)
 
