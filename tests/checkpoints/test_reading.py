@@ -8,7 +8,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from tests.helpers.checkpoints import LAYOUTS, write_layout, write_safetensors
 from turbo_opt.checkpoints.places import files_in, locate, places_of
@@ -50,15 +49,6 @@ def test_two_names_of_one_weight_are_both_told(tmp_path):
     write_safetensors(tmp_path / "both.safetensors", both)
     with pytest.raises(BadInput, match=r"'head.head.bias' and 'net.proj_out.bias' are both"):
         read_network(tmp_path / "both.safetensors")
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_quantized_weights_are_refused(tmp_path, dtype):
-    save_file(
-        {"blocks.0.ffn.0.int8_weight": torch.zeros(4, 4).to(dtype)}, tmp_path / "q.safetensors"
-    )
-    with pytest.raises(BadInput, match=r"so the weights are quantized; they are needed in 16"):
-        read_network(tmp_path / "q.safetensors")
 
 
 def test_counters_of_a_training_are_no_weights(tmp_path):

@@ -1,7 +1,8 @@
 """The weights of one network from any layout, lazily, under diffusers' names.
 
 Layouts: diffusers' own; the original Wan's, as in its repository, in ComfyUI's single files, and in
-TurboDiffusion's and rCM's `.pth`, where the patch embedding is a linear layer; training dumps.
+TurboDiffusion's and rCM's `.pth`, where the patch embedding is a linear layer; training dumps. Of
+the single files also those in 8 bits (`quantized`).
 """
 
 from __future__ import annotations
@@ -11,16 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from turbo_opt.checkpoints.names import diffusers_name, is_training_counter, without_prefix
 from turbo_opt.checkpoints.places import adapter_config, files_in, student_notes
+from turbo_opt.checkpoints.quantized import unquantized
 from turbo_opt.errors import BadInput
 from turbo_opt.ir.tensor_files import open_tensor_file
 from turbo_opt.ir.transforms import reshaped
 from turbo_opt.ir.weights import LazyTensor, from_file
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PATCH_EMBEDDINGS = ("patch_embedding.weight", "vace_patch_embedding.weight")
 _SHOWN = 5
 
@@ -43,30 +42,35 @@ class NetworkWeights:
 def read_network(place: Path) -> NetworkWeights:
     """The weights in a file or folder; names and shapes are read, no numbers.
 
-    Counters of a training that lie among the weights are left out.
+    Counters of a training that lie among the weights are left out. Weights in 8 bits are given as
+    the numbers that they stand for, float32.
 
     Raises:
-        BadInput: the files are damaged, hold two names of one weight, or hold quantized weights.
+        BadInput: the files are damaged, hold two names of one weight, or hold weights that are
+            quantized in a form unknown here.
     """
-    tensors: dict[str, LazyTensor] = {}
     metadata: dict[str, str] = {}
+    stored: dict[str, LazyTensor] = {}
     written_as: dict[str, str] = {}
     for key, tensor in stored_tensors(place, metadata):
-        bare = without_prefix(key)
-        if is_training_counter(bare):
-            continue
-        if tensor.dtype not in _FLOATS:
-            raise BadInput(
-                f"{place}: {key!r} is {_name(tensor.dtype)}, so the weights are quantized; they "
-                "are needed in 16 or 32 bits"
-            )
-        name = diffusers_name(bare)
-        if name in tensors:
-            raise BadInput(
-                f"{place}: {written_as[name]!r} and {key!r} are both the weight {name!r}"
-            )
-        tensors[name], written_as[name] = tensor, key
+        name = without_prefix(key)
+        if not is_training_counter(name):
+            _check_new(place, name, key, written_as)
+            stored[name] = tensor
+    tensors: dict[str, LazyTensor] = {}
+    written_here: dict[str, str] = {}
+    for name, tensor in unquantized(place, stored).items():
+        ours = diffusers_name(name)
+        _check_new(place, ours, written_as.get(name, name), written_here)
+        tensors[ours] = tensor
     return NetworkWeights(place, tensors, metadata)
+
+
+def _check_new(place: Path, name: str, key: str, written_as: dict[str, str]) -> None:
+    """Note that weight `name` is written as `key`; BadInput where it is already."""
+    if name in written_as:
+        raise BadInput(f"{place}: {written_as[name]!r} and {key!r} are both the weight {name!r}")
+    written_as[name] = key
 
 
 def stored_tensors(place: Path, metadata: dict[str, str]) -> Iterator[tuple[str, LazyTensor]]:
@@ -113,7 +117,3 @@ def listed(names: Iterable[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

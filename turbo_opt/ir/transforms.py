@@ -15,10 +15,36 @@ def block_quantized(weight: LazyTensor, scheme: str) -> tuple[LazyTensor, LazyTe
     """(values, scales) of `weight` (out, in) quantized in 128×128 blocks by `scheme`.
 
     values has the weight's shape in the scheme's dtype; scales is float32,
-    (ceil(out/128), ceil(in/128)).
+    (ceil(out/128), ceil(in/128)). A weight that was read from such blocks gives them back as they
+    are, also where it was rounded to the graph's dtype in between.
     """
+    from turbo_opt.kernels.schemes import SCHEMES
+
+    source = weight.inputs[0] if weight.op == "cast" else weight
+    if source.op == "block-dequantize":
+        values, scales = source.inputs
+        if values.dtype == SCHEMES[scheme].dtype:
+            return values, cast(scales, torch.float32)
     values, scales = apply("block-quantize", weight, scheme=scheme)
     return values, scales
+
+
+def block_dequantized(values: LazyTensor, scales: LazyTensor) -> LazyTensor:
+    """What (out, in) `values` in 128×128 blocks stand for, float32.
+
+    Args:
+        scales: (ceil(out/128), ceil(in/128)), one for each block.
+    """
+    return apply("block-dequantize", values, scales)[0]
+
+
+def scaled(values: LazyTensor, scale: LazyTensor | None = None) -> LazyTensor:
+    """`values` (out, …), in 8 bits, in float32.
+
+    Args:
+        scale: what they are multiplied by: one number, or (out,) or (out, 1), one for each row.
+    """
+    return apply("cast-scaled", values, scale)[0] if scale else cast(values, torch.float32)
 
 
 def concatenated(*tensors: LazyTensor) -> LazyTensor:
@@ -116,12 +142,31 @@ def _compute(weight: Tensor, scheme: str) -> Sequence[Tensor]:
     return quantize_weight(weight, scheme)
 
 
+def _dequantize(values: Tensor, scales: Tensor) -> Sequence[Tensor]:
+    # A band of blocks at a time: twice the result would be 0.6 GB for the largest layers.
+    found = torch.empty(values.shape)
+    for band, row in zip(found.split(128), scales.float(), strict=True):
+        band.copy_(row.repeat_interleave(128)[: values.shape[1]].expand_as(band))
+    return [found.mul_(values)]
+
+
+def _cast_scaled(values: Tensor, scale: Tensor) -> Sequence[Tensor]:
+    sides = [-1] + [1] * (values.ndim - 1) if scale.numel() > 1 else []
+    return [values.float() * scale.float().reshape(sides)]
+
+
 def _infer_joined(*parts: LazyTensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
     rows = sum(part.shape[0] for part in parts)
     return [((rows, *parts[0].shape[1:]), parts[0].dtype)]
 
 
 register_transform(Transform("block-quantize", _infer, _compute, rows=128))
+register_transform(
+    Transform("block-dequantize", lambda x, scales: [(x.shape, torch.float32)], _dequantize)
+)
+register_transform(
+    Transform("cast-scaled", lambda x, scale: [(x.shape, torch.float32)], _cast_scaled)
+)
 register_transform(
     Transform("concatenate", _infer_joined, lambda *parts: [torch.cat(parts)], concatenates=True)
 )
