@@ -10,21 +10,40 @@ import pytest
 from tests.cli.conftest import invoke
 from turbo_opt.cli.main import cli
 
+_LIBRARIES = "import click, pydantic, rich.console, rich.table, yaml"
+"""What a light command cannot do without."""
+_FRUGAL = """
+import sys
+from turbo_opt.cli.main import cli
+sys.argv = ["turbo-opt", *{arguments!r}]
+try: cli()
+except SystemExit as end: assert not end.code, end.code
+assert "torch" not in sys.modules and "diffusers" not in sys.modules
+"""
+
+
+def processor_seconds(code: str) -> float:
+    """What a process that runs `code` takes; the first one also compiles what it imports."""
+    code += "\nimport time; print('SECONDS', time.process_time())"
+    taken = []
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        taken.append(float(done.stdout.rpartition("SECONDS")[2]))
+    return min(taken)
+
+
+@pytest.fixture(scope="module")
+def seconds_of_libraries() -> float:
+    return processor_seconds(_LIBRARIES)
+
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["recipes", "list"]])
-def test_light_commands_import_no_torch(arguments):
-    code = (
-        "import sys, time\n"
-        "from turbo_opt.cli.main import cli\n"
-        f"sys.argv = ['turbo-opt', *{arguments!r}]\n"
-        "try: cli()\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
-        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"
-        "print('SECONDS', time.process_time())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.rpartition("SECONDS")[2]) < 0.5
+def test_light_commands_import_no_torch(arguments, seconds_of_libraries):
+    # Both of one machine: a second would be much on one, little on another.
+    assert processor_seconds(_FRUGAL.format(arguments=arguments)) < 3 * seconds_of_libraries
 
 
 @pytest.mark.parametrize("name", cli.list_commands(None))  # type: ignore[arg-type]

@@ -165,11 +165,14 @@ def test_import_is_light():
         "assert 'triton' not in sys.modules or 'triton' in before; "
         "assert not torch.cuda.is_initialized(); print(taken)"
     ).replace("start = time", "before = set(sys.modules); start = time")
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 0.5  # about 20 ms; generous, for a busy machine
+    taken = []
+    for _ in range(3):  # the first of a new installation also compiles what it imports
+        result = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        taken.append(float(result.stdout))
+    assert min(taken) < 0.5  # about 20 ms; generous, for a busy machine
 
 
 def test_every_operator_has_a_schema_a_reference_and_no_alias():
