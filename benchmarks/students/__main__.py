@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--students", type=Path, required=True, help="what `tiny_wan students` left in --out")
     add("--out", type=Path, default=results.RESULTS, help="where tiny_wan_students.json is written")
-    add("--captions", type=int, default=512)
+    add("--captions", type=int, default=512, help="clips; up to 1,145 have one of their own each")
     add("--batch", type=int, default=256)
     add("--classifier-steps", type=int, default=1500)
     add("--only", nargs="+", default=[""], help="variants whose name contains one of these")
@@ -57,6 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not wanted or (on_cpu and variant.scheme == "fp8-block"):
             continue
         scorer.student = better_student(done)
+        if missing := scorer.lacks(variant):
+            print(f"{variant.name}: left out, there is no {missing.name}", flush=True)
+            continue
         try:
             scores, videos = scorer.measure(variant)
         except Exception as error:  # one row's failure must not cost the others
@@ -88,7 +91,8 @@ def _record(
 ) -> Record:
     scores = done[variant]
     on_cpu = options.device == "cpu" and not options.dry_run
-    drawn = {f"drawn_{name}": value for name, value in scorer.drawn.items()}
+    judged = {f"drawn_{name}": value for name, value in scorer.drawn.items()}
+    judged |= {"clips": options.captions, "captions": scorer.captions}
     place = f"{'cpu' if on_cpu else session.gpu}/tiny-wan/students"
     return Record(
         name=f"{place}/{variant.name}",
@@ -96,14 +100,13 @@ def _record(
         unit="share of clips with all four attributes right",
         spread=0.0,
         runs=options.captions,
-        baseline=_teacher(done, results.read(options.out / FILE), place, drawn),
+        baseline=_teacher(done, results.read(options.out / FILE), place, judged),
         quality={name: value for name, value in scores.items() if name != "all_right"},
         config={
             **asdict(variant),
             **({"student": scorer.student} if variant.weights in (STUDENT, MERGED) else {}),
             "evaluations": variant.evaluations,
-            "captions": options.captions,
-            **drawn,
+            **judged,
         },
         environment=cpu_environment() if on_cpu else session.environment,
         commit=results.current_commit(),
@@ -115,14 +118,14 @@ def _teacher(
     done: Mapping[Variant, Mapping[str, float]],
     records: Sequence[Record],
     place: str,
-    drawn: Mapping[str, float],
+    judged: Mapping[str, float],
 ) -> dict[str, float]:
-    """The teacher's score: of this process, or of an earlier one with the same classifier."""
+    """The teacher's score: of this process, or of an earlier one that judged alike."""
     teacher = Variant(TEACHER, 50, guided=True)
     if teacher in done:
         return {"teacher": done[teacher]["all_right"]}
     for record in records:
-        if record.name == f"{place}/{teacher.name}" and drawn.items() <= record.config.items():
+        if record.name == f"{place}/{teacher.name}" and judged.items() <= record.config.items():
             return {"teacher": record.value}
     return {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from turbo_opt.calibration.data.samples import padded_positions
 from turbo_opt.calibration.networks import DenoiserFolder
 from turbo_opt.calibration.tiny_wan import whole_clip
 from turbo_opt.calibration.tiny_wan.architecture import TEXT_LENGTH
-from turbo_opt.calibration.tiny_wan.clips import caption, sample_scenes
+from turbo_opt.calibration.tiny_wan.clips import captions_of, sample_scenes
 from turbo_opt.calibration.tiny_wan.detectors import ATTRIBUTES, score_batch
 from turbo_opt.calibration.tiny_wan.evaluate import load_pipeline, starting_noise
-from turbo_opt.calibration.tiny_wan.samples import encode_captions
+from turbo_opt.calibration.tiny_wan.samples import draw_samples, encode_captions
 from turbo_opt.capture.sampling import pipeline_schedule
 from turbo_opt.ir.rcm import SIGMA_MAX, rcm_schedule
 from turbo_opt.ir.schedule import Schedule
@@ -30,12 +31,13 @@ class HeldOutClips:
 
     Args:
         folder: tiny-wan, whose text encoder and VAE all clips share.
-        count: captions; combinations are repeated evenly.
+        count: clips; combinations are repeated evenly, each time in other words.
         batch: clips that are sampled at once.
         seed: of captions and noise.
 
     Attributes:
         scenes: what the clips should show.
+        captions: how many different captions say so.
     """
 
     def __init__(
@@ -44,7 +46,8 @@ class HeldOutClips:
         self._device, self._batch, self._seed = device, batch, seed
         self._pipeline = load_pipeline(folder.pipeline.path, device)
         self.scenes = sample_scenes(count, seed, split="held-out")
-        captions = [caption(scene) for scene in self.scenes]
+        captions = captions_of(self.scenes)
+        self.captions = len(set(captions))
         embeds = encode_captions(self._pipeline, ["", *dict.fromkeys(captions)])
         padded = {text: padded_positions(value, TEXT_LENGTH) for text, value in embeds.items()}
         self._prompts = torch.stack([padded[text] for text in captions]).to(device)
@@ -76,6 +79,10 @@ class HeldOutClips:
                 for part in latents.split(64)
             ]
         return torch.cat(videos)
+
+    def draw_training_samples(self, count: int, out: Path) -> None:
+        """A set to learn from, of clips drawn by formula of captions that are not held out."""
+        draw_samples(self._pipeline, count, self._seed, out)
 
     def shares_right(self, videos: Tensor) -> dict[str, float]:
         """Which share of the clips shows each attribute of its caption, and `all_right`."""

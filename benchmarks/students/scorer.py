@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,11 +22,23 @@ from benchmarks.clip_features import (
     train_classifier,
 )
 from benchmarks.students.held_out import HeldOutClips, schedule_of
-from benchmarks.students.variants import MERGED, RCM, SLA, STUDENT, TEACHER, Variant
+from benchmarks.students.variants import (
+    CLOSED_FORM,
+    MERGED,
+    RCM,
+    SLA,
+    STUDENT,
+    TEACHER,
+    Variant,
+)
 from turbo_opt.calibration.flow import Sampled
+from turbo_opt.calibration.jobs.load import load_job
+from turbo_opt.calibration.jobs.schema import SLAJob
 from turbo_opt.calibration.networks import build_network, open_denoiser
+from turbo_opt.calibration.places import MODEL
 from turbo_opt.calibration.sla.attention import Sparsity
 from turbo_opt.calibration.sla.closed_form import attend_densely
+from turbo_opt.calibration.sla.run import solve_sla
 from turbo_opt.calibration.sla.student import (
     PROJECTION,
     add_projections,
@@ -36,11 +49,16 @@ from turbo_opt.calibration.sla.student import (
 from turbo_opt.calibration.tiny_wan.clips import Scene, render
 from turbo_opt.calibration.tiny_wan.detectors import score_batch
 from turbo_opt.calibration.tiny_wan.evaluate import contact_sheet
+from turbo_opt.calibration.tiny_wan.students import job_file
 from turbo_opt.calibration.training.world import World
 from turbo_opt.compiler.pipeline import parse_pipeline
 from turbo_opt.runtime.module import CompiledTransformer
 
 _BLOCK = 64
+_SAMPLES = 48
+"""Clips for the closed form: 32 to solve from, 16 held out, as its job says …"""
+_SAID: tuple[str, ...] = ()
+"""… or as these overrides do."""
 _COMPILED = (
     "canonicalize,fuse-norms,{sparse}fuse-qk-norm-rope,quantize-linear{{scheme={scheme}}},"
     "fuse-norm-quantize,fuse-qkv{{cross_attention=false}},fuse-epilogues,hoist-invariants"
@@ -52,11 +70,12 @@ class Scorer:
 
     Args:
         students: folder with `<student>.safetensors`.
-        count: held-out captions; combinations are repeated evenly.
+        count: clips of held-out captions; combinations are repeated evenly, in other words.
         batch: clips that are sampled at once.
 
     Attributes:
         student: the file that `student` and `merged` mean.
+        captions: how many different captions the clips have.
         drawn: what the classifier and the distance make of drawn clips.
     """
 
@@ -72,7 +91,7 @@ class Scorer:
         self._students, self._device, self._batch = students, device, batch
         self._folder = open_denoiser("tiny-wan", "transformer")
         self._clips = HeldOutClips(self._folder, device, count, batch, seed)
-        self.scenes = self._clips.scenes
+        self.scenes, self.captions = self._clips.scenes, self._clips.captions
         self._wanted = [scene.combination for scene in self.scenes]
         self._weights: dict[str, dict[str, Tensor]] = {}
         self._network = build_network(
@@ -96,16 +115,39 @@ class Scorer:
     def _zero(self) -> dict[str, Tensor]:
         return zero_projections(self._folder.config)
 
+    def lacks(self, variant: Variant) -> Path | None:
+        """A file that the row's weights are in and that is not there."""
+        if variant.weights in (TEACHER, CLOSED_FORM):
+            return None
+        names = [self._meant(variant.weights)] if variant.weights != MERGED else [self.student, SLA]
+        files = [self._file(name) for name in names]
+        return next((file for file in files if not file.is_file()), None)
+
+    def _meant(self, weights: str) -> str:
+        return self.student if weights == STUDENT else weights
+
+    def _file(self, name: str) -> Path:
+        return self._students.absolute() / f"{name}.safetensors"
+
     def _loaded(self, name: str) -> dict[str, Tensor]:
-        """The teacher's weights, or a student's, read when the first row asks for them."""
+        """The teacher's weights, or a student's, read or solved when the first row asks."""
         if name not in self._weights:
-            found = load_file(self._students / f"{name}.safetensors")
+            found = self._solved() if name == CLOSED_FORM else load_file(self._file(name))
             self._weights[name] = {k: v.float().to(self._device) for k, v in found.items()}
         return self._weights[name]
 
+    def _solved(self) -> dict[str, Tensor]:
+        """The teacher with `proj_l` by `calibrate sla --closed-form`, of tiny-wan's own job."""
+        with tempfile.TemporaryDirectory() as folder:
+            samples, out = Path(folder, "samples"), Path(folder, "solved")
+            self._clips.draw_training_samples(_SAMPLES, samples)
+            job = load_job(job_file("sla"), SLAJob, [f"data.folder={samples}", *_SAID])
+            solve_sla(job, out, World(0, 1, self._device), progress=lambda *_: None)
+            return load_file(out / MODEL / "transformer" / "diffusion_pytorch_model.safetensors")
+
     def _weights_of(self, name: str) -> dict[str, Tensor]:
         if name != MERGED:
-            return self._loaded(self.student if name == STUDENT else name)
+            return self._loaded(self._meant(name))
         student, sla, base = (self._loaded(each) for each in (self.student, SLA, TEACHER))
         return {
             name: value if PROJECTION in name else student[name] + (value - base[name])
@@ -170,11 +212,10 @@ class Scorer:
 
     def _passes(self, variant: Variant) -> str:
         sparse = ""
-        student = f"{self._students.absolute() / self.student}.safetensors"
-        text = f'distill-steps{{weights="{student}"}},'
+        text = f'distill-steps{{weights="{self._file(self.student)}"}},'
         if variant.weights == MERGED:
-            sla = f"{self._students.absolute() / SLA}.safetensors"
-            text += f'merge-weights{{target="{sla}" reference="{self._folder.pipeline.path}"}},'
+            target = self._file(SLA)
+            text += f'merge-weights{{target="{target}" reference="{self._folder.pipeline.path}"}},'
             sparse = f"sparse-attention{{topk={variant.topk} block_q=64 block_k=64}},"
         return text + _COMPILED.format(sparse=sparse, scheme=variant.scheme)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 TEACHER, CONSISTENCY, RCM, SLA, JOINT = "teacher", "consistency", "rcm", "sla", "rcm-sla"
+CLOSED_FORM = "closed-form"
 STUDENT, MERGED = "student", "merged"
 _TOPK = (0.1, 0.2, 0.3)
 _FEW = (4, 2, 1)
@@ -16,8 +17,9 @@ class Variant:
     """One row of the table.
 
     Attributes:
-        weights: `teacher`; a student by its file; `student`, the better of `consistency` and
-            `rcm`; or `merged`, student + (sla − teacher).
+        weights: `teacher`; a student by its file; `closed-form`, the teacher with `proj_l` solved
+            at topk 0.2; `student`, the better of `consistency` and `rcm`; or `merged`,
+            student + (sla − teacher).
         steps: of a clip.
         guided: by the teacher's own sampler with guidance; else as rCM's students are sampled.
         topk: share of key blocks that self-attention keeps; None is dense.
@@ -54,8 +56,8 @@ def variants(dry: bool = False) -> list[Variant]:
     rows += [Variant(TEACHER, steps) for steps in _FEW]
     rows += [Variant(name, steps) for name in (CONSISTENCY, RCM) for steps in _FEW]
     rows += [
-        Variant(name, many, guided=True, topk=topk, tuned=name == SLA)
-        for name in (TEACHER, SLA)
+        Variant(name, many, guided=True, topk=topk, tuned=name != TEACHER)
+        for name in (TEACHER, CLOSED_FORM, SLA)
         for topk in _TOPK
     ]
     rows += [Variant(STUDENT, 4, topk=topk, tuned=False) for topk in _TOPK]

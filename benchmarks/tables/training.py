@@ -27,7 +27,7 @@ _GUIDE = (
      "100 evaluations of the network a clip become 4"),
 )  # fmt: skip
 """What the training guide's commands do, and their numbers."""
-_SCORED = ("teacher", "consistency", "rcm", "sla", "merged", "rcm-sla")
+_SCORED = ("teacher", "consistency", "rcm", "closed-form", "sla", "merged", "rcm-sla")
 
 
 def training() -> str:

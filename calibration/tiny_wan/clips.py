@@ -15,6 +15,7 @@ import itertools
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -140,6 +141,20 @@ def caption(what: Combination | Scene, template: int = 0) -> str:
         motion=what.motion,
         background=what.background,
     )
+
+
+def captions_of(scenes: Sequence[Scene]) -> list[str]:
+    """A caption of each scene, another one whenever a combination comes again.
+
+    The canonical caption first, then the paraphrases in turn, so that all captions differ as long
+    as no combination comes more often than there are templates.
+    """
+    times: Counter[Combination] = Counter()
+    found = []
+    for scene in scenes:
+        found.append(caption(scene, times[scene.combination] % len(TEMPLATES)))
+        times[scene.combination] += 1
+    return found
 
 
 def parse_caption(text: str) -> Combination:

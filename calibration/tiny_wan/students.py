@@ -128,6 +128,12 @@ def train_students(
     return _sizes(out)
 
 
+def job_file(name: str) -> Path:
+    """The file of one of tiny-wan's own jobs."""
+    with resources.as_file(resources.files(__package__) / "jobs" / f"{name}.yaml") as path:
+        return path
+
+
 class _Trainings:
     """The jobs of a run, each in `work/<name>`; `models` has the model folders of what is done."""
 
@@ -162,7 +168,7 @@ class _Trainings:
         if name in self.models:
             return
         started = [] if start is None else [f"student.start={self.models[start]}"]
-        job = load_job(_job(name), RCMJob, [*self._said(name), *started])
+        job = load_job(job_file(name), RCMJob, [*self._said(name), *started])
         with _timed(name):
             train_rcm(job, self._work / name, self._world, progress=_Progress(name))
         self._keep(name, name)
@@ -172,7 +178,7 @@ class _Trainings:
         if SLA in self.models:
             return
         tuned = {SLA: self._tune(SLA)}
-        job = load_job(_job("sla"), SLAJob, self._said(SLA))
+        job = load_job(job_file("sla"), SLAJob, self._said(SLA))
         with _timed(SOLVED):
             solve_sla(job, self._work / SOLVED, self._world, progress=_Progress(SOLVED))
         tuned[CLOSED_FORM] = self._tune(CLOSED_FORM, self._work / SOLVED / MODEL)
@@ -183,7 +189,9 @@ class _Trainings:
     def _tune(self, name: str, start: Path | None = None) -> Report:
         more = [] if start is None else [f"student.start={start}"]
         few_steps = f"{{source: {self.models[RCM]}, noise: {{low: {_FEW_STEPS_FROM}}}}}"
-        job = load_job(_job("sla"), SLAJob, [*self._said(name), f"companions=[{few_steps}]", *more])
+        job = load_job(
+            job_file("sla"), SLAJob, [*self._said(name), f"companions=[{few_steps}]", *more]
+        )
         with _timed(name):
             return train_sla(job, self._work / name, self._world, progress=_Progress(name))
 
@@ -226,11 +234,6 @@ def _ship(work: Path, name: str, out: Path, called: str) -> None:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     save_file(tensors, place, metadata={k: v for k, v in notes.items() if k in _SHIPPED_NOTES})
     place.chmod(0o644)  # safetensors files are born private
-
-
-def _job(name: str) -> Path:
-    with resources.as_file(resources.files(__package__) / "jobs" / f"{name}.yaml") as path:
-        return path
 
 
 @contextlib.contextmanager

@@ -20,8 +20,10 @@ from benchmarks.clip_features import (
 from benchmarks.results import Record
 from benchmarks.student_curves import curve, draw
 from benchmarks.students.__main__ import _teacher
+from benchmarks.students.scorer import Scorer
 from benchmarks.students.variants import TEACHER, Variant, better_student, variants
 from turbo_opt.calibration.tiny_wan.clips import render, sample_scenes
+from turbo_opt.embedded import embedded
 
 CPU = torch.device("cpu")
 
@@ -33,6 +35,35 @@ def test_every_row_has_its_name_and_the_teacher_comes_first() -> None:
     assert rows[0] == Variant(TEACHER, 50, guided=True) and rows[0].evaluations == 100
     assert "merged-topk0.2-int8-block/4-steps" in names
     assert "student-topk0.1-untuned/4-steps" in names
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Scorer:
+    place = embedded("tiny-wan-rcm")
+    assert place is not None
+    return Scorer(place.parent, CPU, count=2, batch=2, classifier_steps=1)
+
+
+def test_rows_whose_weights_are_not_there_are_left_out(scorer: Scorer) -> None:
+    for weights in ("rcm", "sla", "student", "merged", "teacher", "closed-form"):
+        assert scorer.lacks(Variant(weights, 4)) is None
+    missing = scorer.lacks(Variant("consistency", 4))
+    assert missing is not None and missing.name == "consistency.safetensors"
+    scorer.student = "consistency"
+    assert scorer.lacks(Variant("merged", 4)) == missing
+    scorer.student = "rcm"
+
+
+def test_the_closed_form_is_the_teacher_with_projections_that_are_solved(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("data.held_out=1", "closed_form.clips=1", "closed_form.noise_levels=1")
+    monkeypatch.setattr("benchmarks.students.scorer._SAMPLES", 3)
+    monkeypatch.setattr("benchmarks.students.scorer._SAID", few)
+    solved, teacher = scorer._weights_of("closed-form"), scorer._weights_of("teacher")
+    assert solved.keys() == teacher.keys()
+    changed = {name for name in solved if not torch.equal(solved[name], teacher[name])}
+    assert changed == {name for name in solved if "proj_l" in name}
 
 
 def test_the_student_is_the_one_that_is_right_more_often() -> None:

@@ -13,6 +13,7 @@ from turbo_opt.calibration.tiny_wan.clips import (
     Combination,
     Scene,
     caption,
+    captions_of,
     combinations,
     coverage,
     held_out,
@@ -48,6 +49,21 @@ def test_held_out_combinations_are_never_trained_on() -> None:
     assert train | test == set(combinations())
     assert 0.1 < len(test) / len(combinations()) < 0.2
     assert held_out(DEMO)
+
+
+@pytest.mark.parametrize("count", [1, 229, 512, 1145])
+def test_clips_of_one_combination_have_captions_of_their_own(count: int) -> None:
+    scenes = sample_scenes(count, seed=0, split="held-out")
+    captions = captions_of(scenes)
+    assert len(set(captions)) == count
+    assert [parse_caption(each) for each in captions] == [each.combination for each in scenes]
+    assert captions[0] == caption(scenes[0])
+
+
+def test_captions_begin_anew_when_the_templates_are_used_up() -> None:
+    scenes = [Scene.sample(Combination("ring", "cyan", "grows", "grey"), seed) for seed in range(6)]
+    captions = captions_of(scenes)
+    assert len(set(captions)) == len(TEMPLATES) and captions[5] == captions[0]
 
 
 def test_every_value_is_trained_on() -> None:

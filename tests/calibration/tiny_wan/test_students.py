@@ -48,11 +48,11 @@ def test_drawn_samples_are_clips_of_their_captions(tmp_path: Path) -> None:
 )
 def test_the_jobs_take_the_settings_of_a_run(name, kind, tmp_path: Path) -> None:
     settings = students.StudentTraining(minutes=4.0, batch=32)
-    job = load_job(students._job(name), kind, settings.overrides(name, tmp_path))
+    job = load_job(students.job_file(name), kind, settings.overrides(name, tmp_path))
     assert job.training.minutes == pytest.approx(4.0 * students._SHARES[name])
     assert job.training.batch == 32 and job.path(job.data.folder) == tmp_path
     steps = students.StudentTraining(steps=3)
-    job = load_job(students._job(name), kind, steps.overrides(name, tmp_path))
+    job = load_job(students.job_file(name), kind, steps.overrides(name, tmp_path))
     assert (job.training.steps, job.training.minutes) == (3, None)
 
 
