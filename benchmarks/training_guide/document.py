@@ -25,7 +25,7 @@ torchrun() { [ "$1 $3 $4" = "--nproc-per-node -m turbo_opt" ] && say "$2" "${@:5
 _SIZE = ("generate.height=32", "generate.width=32", "generate.num_frames=5")
 _TRAINING = (
     *("training.steps=5", "training.minutes=null", "training.batch=2", "data.held_out=1"),
-    "training.compile=false",
+    *("training.compile=false", "training.compute_dtype=float32"),
 )
 _CUTS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "data": (("--count", "4", "--device", "cpu"), (*_SIZE, "generate.num_inference_steps=1")),

@@ -34,7 +34,7 @@ def _wait_for_middle(process: subprocess.Popen[str]) -> None:
 
 
 def test_a_killed_run_leaves_no_artifact_and_resume_picks_up(compiled, recipe, work):
-    process = _start(work, recipe, "--resume", "--set", "verify.end_to_end=false")
+    process = _start(work, recipe, "--resume", "--no-verify")
     _wait_for_middle(process)
     process.kill()
     process.communicate()
@@ -42,9 +42,7 @@ def test_a_killed_run_leaves_no_artifact_and_resume_picks_up(compiled, recipe, w
     partial = work / ".out.partial"
     shards = len(list(partial.rglob("*.safetensors")))
     assert shards >= 2
-    done = _start(
-        work, recipe, "--resume", "--json", "--finish", "--set", "verify.end_to_end=false"
-    )
+    done = _start(work, recipe, "--resume", "--json", "--finish", "--no-verify")
     output, errors = done.communicate(timeout=120)
     assert done.returncode == 0, errors
     record = json.loads(output)

@@ -66,6 +66,13 @@ VARIANTS = {
     )
 }
 
+IN_EVERY_DTYPE = [
+    *((name, torch.float32) for name in VARIANTS),
+    *((name, torch.bfloat16) for name in ("t2v", "i2v")),
+]
+"""Variants to compute with: bfloat16 adds casts to the graph, which two of them show. The shipped
+recipes go over every variant in the dtype that they name."""
+
 
 def random_model(variant: Variant, dtype: torch.dtype) -> nn.Module:
     """The diffusers model with every parameter drawn from one seed, in the dtypes of a capture."""

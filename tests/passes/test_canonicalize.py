@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.variants import VARIANTS, captured_program, compiled, random_inputs
+from tests.helpers.variants import (
+    IN_EVERY_DTYPE,
+    VARIANTS,
+    captured_program,
+    compiled,
+    random_inputs,
+)
 from tests.passes.graphs import ops_of, program_of
 
 X = torch.randn(2, 6, 8)
@@ -106,8 +112,7 @@ def test_true_and_one_are_different_arguments(optimize):
     assert len([name for name in ops_of(after) if name.startswith("aten.sum")]) == 2
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), IN_EVERY_DTYPE)
 def test_every_variant_keeps_every_bit(optimize, name, dtype):
     variant = VARIANTS[name]
     before = captured_program(variant, dtype)

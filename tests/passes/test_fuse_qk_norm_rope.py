@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
-from tests.helpers.variants import VARIANTS, captured_program, compiled, random_inputs
+from tests.helpers.variants import (
+    IN_EVERY_DTYPE,
+    VARIANTS,
+    captured_program,
+    compiled,
+    random_inputs,
+)
 from tests.passes.graphs import calls_of, ops_of, program_of, reasons_of
 from turbo_opt.compiler.verification import sqnr_db
 from turbo_opt.errors import BadInput, BudgetExceeded
@@ -191,12 +197,9 @@ def test_swapped_operands_exceed_the_budget(optimize, monkeypatch, wrong):
         optimize(before, f"{BASE}sparse-attention{{proj_l=zero topk=0.5}},fuse-qk-norm-rope")
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize(
-    ("dtype", "least"), [(torch.float32, 110), (torch.bfloat16, 42)], ids=["float32", "bfloat16"]
-)
+@pytest.mark.parametrize(("name", "dtype"), IN_EVERY_DTYPE)
 @pytest.mark.parametrize("sparse", ["", ",sparse-attention{proj_l=zero topk=0.5}"])
-def test_every_self_attention_of_every_variant_is_fused(optimize, name, dtype, least, sparse):
+def test_every_self_attention_of_every_variant_is_fused(optimize, name, dtype, sparse):
     variant = VARIANTS[name]
     text = f"canonicalize,fuse-norms{sparse}"
     before = optimize(captured_program(variant, dtype), text, "off")
@@ -208,4 +211,4 @@ def test_every_self_attention_of_every_variant_is_fused(optimize, name, dtype, l
     inputs = random_inputs(variant, 1, 2, 16, 16, dtype)
     with torch.no_grad():
         expected, found = compiled(before)(**inputs).sample, compiled(after)(**inputs).sample
-    assert sqnr_db(expected, found) >= least
+    assert sqnr_db(expected, found) >= (110 if dtype == torch.float32 else 42)

@@ -7,7 +7,13 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from tests.helpers.variants import VARIANTS, captured_program, compiled, random_inputs
+from tests.helpers.variants import (
+    IN_EVERY_DTYPE,
+    VARIANTS,
+    captured_program,
+    compiled,
+    random_inputs,
+)
 from tests.passes.graphs import calls_of, ops_of, program_of_module, reasons_of
 from turbo_opt.compiler.verification import sqnr_db
 from turbo_opt.ir.transforms import block_quantized, concatenated
@@ -206,8 +212,7 @@ def test_parts_that_do_not_fill_their_blocks_are_joined_after_quantization():
     assert torch.equal(scales.load(), torch.cat([pair[1].load() for pair in pairs]))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), IN_EVERY_DTYPE)
 def test_self_and_cross_attention_of_every_variant_are_merged(optimize, name, dtype):
     variant = VARIANTS[name]
     before = captured_program(variant, dtype)

@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers.variants import VARIANTS, captured_program, compiled, random_inputs
+from tests.helpers.variants import (
+    IN_EVERY_DTYPE,
+    VARIANTS,
+    captured_program,
+    compiled,
+    random_inputs,
+)
 from turbo_opt.compiler.manager import PassManager, Verification
 from turbo_opt.compiler.pipeline import parse_pipeline
 from turbo_opt.compiler.validation import validate_pipeline
@@ -60,13 +66,9 @@ def operators(module, inputs):
     return counter.count
 
 
-@pytest.mark.parametrize(
-    ("pipeline", "dtype"),
-    [("canonicalize", torch.float32), (QUANTIZED, torch.bfloat16)],
-    ids=["canonical-float32", "quantized-bfloat16"],
-)
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_keeps_every_bit(name, pipeline, dtype):
+@pytest.mark.parametrize(("name", "dtype"), IN_EVERY_DTYPE)
+@pytest.mark.parametrize("pipeline", ["canonicalize", QUANTIZED], ids=["canonical", "quantized"])
+def test_every_variant_keeps_every_bit(name, dtype, pipeline):
     """Two prompts in turn, as guidance does, at several noise levels and clip sizes; then a prompt
     changed in place."""
     variant, module = VARIANTS[name], staged(name, pipeline, dtype)

@@ -38,10 +38,12 @@ job: rcm
 teacher: {source: ./teacher}
 data: {folder: samples, held_out: 2}
 rcm: {warm_up: 1, reverse: {student_every: 2, rollout_steps: 2}}
-training: {steps: 4, batch: 2, rate: 1.0e-4, compute_dtype: float32}
-save: {every: 3}
-log: {every: 1, evaluate_every: 2}
+training: {steps: 3, batch: 2, rate: 1.0e-4, compute_dtype: float32}
+save: {every: 100}
+log: {every: 1, evaluate_every: 3}
 """
+UNSAVED = JOB.replace("save: {every: 3}", "save: {every: 100}")
+"""Checkpoints are read of `data` alone."""
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -71,14 +73,17 @@ def trained(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     router_job = averaged_router.replace("evaluate_every: 6", "evaluate_every: 1")
     (home / "router.yaml").write_text(router_job)
     other = write_teacher(out / "other", seed=1)
-    averaged = JOB.replace("rate: 3.0e-4", "rate: 3.0e-4, average: 0.5")
+    averaged = UNSAVED.replace("rate: 3.0e-4", "rate: 3.0e-4, average: 0.5")
     companion = f"companions: [{{source: {other}, noise: {{low: 0.5}}}}]\n"
     (home / "companion.yaml").write_text(averaged + companion)
     (home / "rcm.yaml").write_text(RCM_JOB)
+    (home / "unsaved.yaml").write_text(UNSAVED)
     start = (
         f"mode: sla2, topk: 0.5, block_q: 64, block_k: 64}}\nstudent: {{start: {out}/start/model}}"
     )
-    (home / "routed.yaml").write_text(JOB.replace("topk: 0.5, block_q: 64, block_k: 64}", start))
+    (home / "routed.yaml").write_text(
+        UNSAVED.replace("topk: 0.5, block_q: 64, block_k: 64}", start)
+    )
     router = load_job(home / "router.yaml", RouterJob)
     train_router(router, out / "router alone", ALONE, progress=quiet)
     (out / "start").symlink_to(out / "router alone")
@@ -100,7 +105,7 @@ def trained(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     solve_sla(
         load_job(home / "job.yaml", SLAJob, THREE), out / "solved alone", ALONE, progress=quiet
     )
-    train_alone(home, out / "alone")
+    train_alone(home, out / "alone", job="unsaved")
     train_alone(home, out / "companion alone", job="companion")
     train_alone(home, out / "routed alone", job="routed")
     for name, settings in (("rcm", []), ("discrete", DISCRETE)):

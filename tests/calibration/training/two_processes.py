@@ -34,8 +34,9 @@ def main(home: Path, out: Path) -> None:
     job = load_job(home / "job.yaml", SLAJob)
     with start_world("cpu", context_size=2) as context:
         data = dataclasses.replace(context, context_size=1, context_group=None)
-        for name, world in (("data", data), ("context", context)):
-            train_sla(job, out / name, world, progress=quiet)
+        train_sla(job, out / "data", data, progress=quiet)
+        unsaved = load_job(home / "unsaved.yaml", SLAJob)
+        train_sla(unsaved, out / "context", context, progress=quiet)
         train_router(
             load_job(home / "router.yaml", RouterJob), out / "router", data, progress=quiet
         )
