@@ -47,6 +47,21 @@ DEVICE void barrier_expect(u32 barrier, u32 bytes) {
                  : "memory");
 }
 
+// Arrives at a barrier of the own program.
+DEVICE void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Copies so many bytes, in order; the barrier's phase ends when they are there.
+DEVICE void copy_tile(u32 target, const void *source, u32 bytes, u32 barrier) {
+    barrier_expect(barrier, bytes);
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            target),
+        "l"(source), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
 // Shared memory written before is seen by the tensor cores and the copy engine after a barrier.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -81,4 +96,18 @@ DEVICE float exp2_fast(float x) {
 DEVICE float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+DEVICE float quad_sum(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Moves registers between the warpgroups of a program: all threads of a warpgroup call.
+template <int REGISTERS> DEVICE void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS> DEVICE void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }

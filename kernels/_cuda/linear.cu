@@ -65,14 +65,6 @@ template <bool ADD> DEVICE void multiply_e4m3(float (&d)[64], u64 a, u64 b) {
         : "l"(a), "l"(b), "n"(ADD));
 }
 
-template <int REGISTERS> DEVICE void take_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-
-template <int REGISTERS> DEVICE void give_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-
 struct Tile {
     int row, column;
 };

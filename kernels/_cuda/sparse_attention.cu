@@ -30,15 +30,6 @@ constexpr float MAGIC_VALUE = 12582912.0f, LOG2_448 = 8.807354922057604f;
 constexpr float COARSE_FACTOR = 1.0f / 384.0f;
 constexpr float LARGEST_FACTOR = 1e31f;  // times an integer sum it is still a number
 
-DEVICE void copy_tile(u32 target, const void *source, u32 bytes, u32 barrier) {
-    barrier_expect(barrier, bytes);
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            target),
-        "l"(source), "r"(bytes), "r"(barrier)
-        : "memory");
-}
-
 // d (64×128, int32) += a (64×32 int8, shared) · b (128×32 int8, shared)ᵀ
 DEVICE void multiply_int8(u32 (&d)[64], u64 a, u64 b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 " NAMES64 ", %64, %65, 1;"
@@ -60,11 +51,6 @@ DEVICE void multiply_add_fp8(float (&d)[64], u32 a0, u32 a1, u32 a2, u32 a3, u64
                  ", {%64,%65,%66,%67}, %68, 1, 1, 1;"
                  : R64("+f")
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
-}
-
-DEVICE float quad_sum(float x) {
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
 DEVICE void start_products(u32 (&s)[64], u32 q, u32 k) {

@@ -14,6 +14,8 @@ import math
 
 import torch
 
+from .._cuda import padded_attention as padded_by_cuda
+from .._cuda.compiler import unavailable
 from .._triton.support import unsupported_device
 from ..capability import Capability
 from ..errors import OperatorInputError
@@ -84,6 +86,11 @@ def triton_supports(capability: Capability, call: PaddedCall) -> str | None:
     return unsupported_device(capability)
 
 
+def cuda_supports(capability: Capability, call: PaddedCall) -> str | None:
+    """padded_attention.cu."""
+    return padded_by_cuda.unsupported(capability, *call)
+
+
 PADDED_ATTENTION = Operator(
     name="padded_attention",
     schema="(Tensor q, Tensor k, Tensor v, Tensor start, float? scale) -> Tensor",
@@ -91,7 +98,10 @@ PADDED_ATTENTION = Operator(
     fake=fake,
     check=check,
     describe=describe,
-    providers=[Provider("triton", f"{__name__}.triton", triton_supports, requires="triton")],
+    providers=[
+        Provider("triton", f"{__name__}.triton", triton_supports, requires="triton"),
+        Provider("cuda", f"{__name__}.cuda", cuda_supports, unavailable=unavailable),
+    ],
 )
 
 

@@ -8,8 +8,11 @@ head, which attention holds when it is done.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from .._cuda.compiler import unavailable
 from .._triton.support import unsupported_scheme
 from ..block_quantize import fake as fake_quantized
 from ..capability import Capability
@@ -17,6 +20,7 @@ from ..errors import OperatorInputError
 from ..operator import Operator, Provider
 from ..padded_attention import PaddedCall
 from ..padded_attention import check_as as check_attention
+from ..padded_attention import cuda_supports as attention_by_cuda
 from ..padded_attention import describe as describe_attention
 from ..padded_attention import triton_supports as attention_on_triton
 from ..schemes import BLOCK, SCHEMES, scheme_named
@@ -75,6 +79,27 @@ def triton_supports(capability: Capability, call: QuantizedCall) -> str | None:
     return attention_on_triton(capability, attention) or unsupported_scheme(capability, scheme)
 
 
+def cuda_supports(capability: Capability, call: QuantizedCall) -> str | None:
+    attention, _ = call
+    return attention_by_cuda(capability, attention)
+
+
+def quantized_by(
+    attend: Callable[..., None],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    scale: float | None,
+    scheme: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operator by `attend(q, k, v, start, scale, o, o_scale)`, which writes into the last."""
+    quantized, o_scale = fake(q, k, v, start, scale, scheme)
+    heads = quantized.unflatten(-1, (q.shape[1], q.shape[3])).transpose(1, 2)
+    attend(q, k, v, start, scale, heads, o_scale)
+    return quantized, o_scale
+
+
 PADDED_ATTENTION_QUANTIZE = Operator(
     name="padded_attention_quantize",
     schema=(
@@ -84,7 +109,10 @@ PADDED_ATTENTION_QUANTIZE = Operator(
     fake=fake,
     check=check,
     describe=describe,
-    providers=[Provider("triton", f"{__name__}.triton", triton_supports, requires="triton")],
+    providers=[
+        Provider("triton", f"{__name__}.triton", triton_supports, requires="triton"),
+        Provider("cuda", f"{__name__}.cuda", cuda_supports, unavailable=unavailable),
+    ],
 )
 
 

@@ -10,7 +10,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.kernels.attention_checks import heads_of_one_product
 from tests.kernels.kernel_checks import assert_opcheck, relative_error, run_by
-from turbo_opt.kernels import OperatorInputError, choose, padded_attention
+from turbo_opt.kernels import (
+    OperatorInputError,
+    ProviderError,
+    choose,
+    force_provider,
+    operator,
+    padded_attention,
+)
+from turbo_opt.kernels._cuda.padded_attention import VARIANT, on_whole_chunks
 
 # bfloat16 fails in Triton's interpreter. P is rounded to 16 bits there, nowhere in the reference.
 DTYPES = {"reference": torch.float32, "triton": torch.float16}
@@ -89,13 +97,91 @@ def test_the_reference_counts_the_copies_for_any_number_of_keys(keys, data):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("queries", "start"), [(32760, 120), (777, 511), (300, 0)])
-def test_16_bits_on_the_gpu(dtype, queries, start):
+@pytest.mark.parametrize(
+    ("provider", "dtype"),
+    [("triton", torch.float16), ("triton", torch.bfloat16), ("cuda", torch.bfloat16)],
+)
+@pytest.mark.parametrize(
+    ("queries", "start"), [(32760, 120), (777, 511), (777, 447), (777, 448), (300, 0), (64, 63)]
+)
+def test_16_bits_on_the_gpu(provider, dtype, queries, start):
     shape = {"keys": 512, "queries": queries, "heads": 3}
     q, k, v, starts = problem(dtype, torch.device("cuda"), starts=[start], **shape)
-    result = run_by("triton", "padded_attention", q, k, v, starts, None)
+    result = run_by(provider, "padded_attention", q, k, v, starts, None)
     assert relative_error(exact(q, k, v), result) < (0.006 if dtype is torch.bfloat16 else 0.001)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("starts", [[3, 70], [511, 0], [0, 511, 200]], ids=str)
+@pytest.mark.parametrize("scale", [None, 0.3, -0.05, 0.0])
+def test_cuda_takes_batches_and_any_scale(starts, scale):
+    shape = {"keys": 512, "queries": 1000, "heads": 5}
+    q, k, v, start = problem(torch.bfloat16, torch.device("cuda"), starts=starts, **shape)
+    result = run_by("cuda", "padded_attention", q, k, v, start, scale)
+    assert relative_error(exact(q, k, v, scale), result) < 0.006
+
+
+@pytest.mark.gpu
+def test_cuda_reads_the_last_token_alone_and_any_strides():
+    q, k, v, start = problem(torch.bfloat16, torch.device("cuda"), starts=[40], keys=99)
+    expected = run_by("cuda", "padded_attention", q, k, v, start, None)
+    for x in (k, v):
+        x[:, :, 40:-1] = float("nan")
+    assert torch.equal(run_by("cuda", "padded_attention", q, k, v, start, None), expected)
+    apart = [torch.randn(*x.shape[:3], 2 * 128 + 4).bfloat16().cuda() for x in (q, k, v)]
+    for wide, x in zip(apart, (q, k, v), strict=True):
+        wide[..., 3:131] = x
+    found = run_by("cuda", "padded_attention", *(x[..., 3:131] for x in apart), start, None)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1e6, 1e15])
+def test_cuda_takes_scores_of_any_size(size):
+    q, k, v, start = problem(torch.bfloat16, torch.device("cuda"), starts=[98])
+    q[:, :, 5, 7], k[:, :, 9, 7] = size, size
+    expected = run_by("reference", "padded_attention", q, k, v, start, None)
+    result = run_by("cuda", "padded_attention", q, k, v, start, None)
+    assert relative_error(expected, result) < 0.006
+
+
+@pytest.mark.parametrize(
+    ("device", "head_dim", "dtype", "reason"),
+    [
+        ("sm90", 64, torch.bfloat16, "heads of 128 channels, not 64"),
+        ("sm90", 128, torch.float16, "takes bfloat16, not torch.float16"),
+        ("sm80", 128, torch.bfloat16, "written for sm90"),
+        ("sm100", 128, torch.bfloat16, "written for sm90"),
+    ],
+)
+def test_what_cuda_leaves_to_others(device, head_dim, dtype, reason):
+    arguments = problem(
+        dtype, torch.device("cpu"), starts=[1], keys=2, queries=2, head_dim=head_dim
+    )
+    passed_over = operator("padded_attention").choose(device, *arguments, None).passed_over
+    with force_provider({"padded_attention": "cuda"}), pytest.raises(ProviderError, match=reason):
+        choose("padded_attention", device, *arguments, None)
+    assert "cuda" in passed_over
+
+
+def test_the_tiles_of_a_program_fit_into_hopper():
+    assert VARIANT.shared_bytes + 1024 <= 232448  # and what a program takes for itself
+
+
+@pytest.mark.parametrize(
+    ("x", "copied"),
+    [
+        (torch.zeros(1, 40, 2, 128).bfloat16().transpose(1, 2), False),
+        (torch.zeros(1, 2, 40, 132).bfloat16()[..., :128], True),
+        (torch.zeros(1, 2, 40, 136).bfloat16()[..., :128], False),
+        (torch.zeros(1, 2, 128, 40).bfloat16().mT, True),
+        (torch.zeros(1, 1, 1, 129).bfloat16()[..., 1:], True),
+    ],
+)
+def test_rows_that_do_not_begin_on_16_bytes_are_copied(x, copied):
+    whole = on_whole_chunks(x)
+    assert torch.equal(whole, x) and (whole.data_ptr() != x.data_ptr()) == copied
+    assert whole.stride(-1) == 1 and whole.data_ptr() % 16 == 0
 
 
 def test_the_operator_is_sound(device):

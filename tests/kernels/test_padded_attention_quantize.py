@@ -37,15 +37,16 @@ def test_heads_are_joined_and_each_has_a_scale(provider, starts, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("faster", ["triton", "cuda"])
 @pytest.mark.parametrize(("queries", "start"), [(32760, 120), (777, 511), (129, 0)])
-def test_bfloat16_on_the_gpu(queries, start):
+def test_bfloat16_on_the_gpu(queries, start, faster):
     shape = {"keys": 512, "queries": queries, "heads": 3}
     arguments = problem(torch.bfloat16, torch.device("cuda"), starts=[start], **shape)
     results = [
         dequantize_activation(
             *run_by(provider, "padded_attention_quantize", *arguments, None, SCHEME), SCHEME
         )
-        for provider in ("triton", "reference")
+        for provider in (faster, "reference")
     ]
     joined = exact(*arguments[:3]).transpose(1, 2).flatten(2)
     errors = [relative_error(joined, result) for result in results]
