@@ -33,7 +33,7 @@ types: install
 	$(BIN)/mypy
 
 unit: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 clean:
 	rm -rf demo-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

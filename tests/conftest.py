@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -13,17 +14,24 @@ os.environ["TURBO_OPT_PROVIDER_TABLE"] = "0"  # choices as declared, not as meas
 os.environ["TURBO_OPT_TUNING_CACHE"] = "0"  # nor configurations as tuned before
 
 
-_VARIANTS = "tests.helpers.variants"
-"""Who uses it needs every member of the Wan family captured."""
+_CAPTURING = ("tests/capture/", "tests/passes/", "tests/runtime/")
+"""Folders whose tests want every member of the Wan family captured."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process captures for all; of the other modules each stays whole."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            whole = nodeid.startswith(_CAPTURING)
+            return "captured" if whole else super()._split_scope(nodeid)
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadscope" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:  # one process captures for all; every other module stays whole as well
-        module = item.getparent(pytest.Module)
-        assert module is not None
-        names = vars(module.obj).values()
-        captures = any(getattr(value, "__module__", None) == _VARIANTS for value in names)
-        item.add_marker(pytest.mark.xdist_group(_VARIANTS if captures else module.nodeid))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -44,6 +44,7 @@ log: {every: 1, evaluate_every: 3}
 """
 UNSAVED = JOB.replace("save: {every: 3}", "save: {every: 100}")
 """Checkpoints are read of `data` alone."""
+TWO_STEPS = UNSAVED.replace("steps: 4", "steps: 2")
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -71,9 +72,10 @@ def trained(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # An average that is evaluated after each step must not stay in the place of the weights.
     averaged_router = ROUTER_JOB.replace("rate: 0.02", "rate: 0.02, average: 0.5")
     router_job = averaged_router.replace("evaluate_every: 6", "evaluate_every: 1")
+    router_job = router_job.replace("steps: 6", "steps: 3").replace("every: 3", "every: 100")
     (home / "router.yaml").write_text(router_job)
     other = write_teacher(out / "other", seed=1)
-    averaged = UNSAVED.replace("rate: 3.0e-4", "rate: 3.0e-4, average: 0.5")
+    averaged = TWO_STEPS.replace("rate: 3.0e-4", "rate: 3.0e-4, average: 0.5")
     companion = f"companions: [{{source: {other}, noise: {{low: 0.5}}}}]\n"
     (home / "companion.yaml").write_text(averaged + companion)
     (home / "rcm.yaml").write_text(RCM_JOB)
@@ -82,7 +84,7 @@ def trained(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"mode: sla2, topk: 0.5, block_q: 64, block_k: 64}}\nstudent: {{start: {out}/start/model}}"
     )
     (home / "routed.yaml").write_text(
-        UNSAVED.replace("topk: 0.5, block_q: 64, block_k: 64}", start)
+        TWO_STEPS.replace("topk: 0.5, block_q: 64, block_k: 64}", start)
     )
     router = load_job(home / "router.yaml", RouterJob)
     train_router(router, out / "router alone", ALONE, progress=quiet)
