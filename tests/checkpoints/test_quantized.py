@@ -152,6 +152,14 @@ def test_fp8_weights_without_a_scale_and_with_one_for_each_row(tmp_path):
     assert torch.equal(found["blocks.0.ffn.net.0.proj.weight"].load(), values.float() * rows)
 
 
+def test_a_scale_counts_beside_a_weight_in_16_bits_too(tmp_path):
+    weight = torch.randn(6, 4).bfloat16()
+    stored = {"head.head.weight": weight, "head.head.scale_weight": torch.tensor(0.5)}
+    found = read_network(write_safetensors(tmp_path / "f.safetensors", stored)).tensors
+    assert found.keys() == {"proj_out.weight"}
+    assert torch.equal(found["proj_out.weight"].load(), 0.5 * weight.float())
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [

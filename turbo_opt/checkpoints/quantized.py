@@ -4,14 +4,15 @@
     X.weight e4m3 or e5m2, X.scale_weight (), (1,) or (out, 1) if there  →  X.weight float32
 
 The first is what TurboDiffusion's `-quant.pth` files hold, the second ComfyUI's FP8 files, which
-mark themselves by a tensor `scaled_fp8` where they have scales. What rounding took is gone; what is
-quantized again in int8 blocks without a change in between keeps its integers and scales
-(`turbo_opt.ir.transforms.block_quantized`).
+mark themselves by a tensor `scaled_fp8` where they have scales, some of them for weights in 16
+bits. What rounding took is gone; what is quantized again in int8 blocks without a change in between
+keeps its integers and scales (`turbo_opt.ir.transforms.block_quantized`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -20,15 +21,15 @@ from turbo_opt.ir.transforms import block_dequantized, scaled
 from turbo_opt.ir.weights import LazyTensor, dtype_name
 from turbo_opt.kernels.schemes import blocks
 
-INT8, INT8_SCALE = "int8_weight", "scale"
-"""What the parts of a weight in int8 blocks are called, after their layer's name."""
+_INT8, _INT8_SCALE = "int8_weight", "scale"
 _WEIGHT, _FP8_SCALE, _FP8_INPUT = "weight", "scale_weight", "scale_input"
+"""What the parts of a weight are called, after their layer's name."""
 _FP8_MARK = "scaled_fp8"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def unquantized(place: object, stored: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+def unquantized(place: Path, stored: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """`stored` with a floating weight in place of each quantized one and of its scales.
 
     Args:
@@ -42,12 +43,12 @@ def unquantized(place: object, stored: Mapping[str, LazyTensor]) -> dict[str, La
     found: dict[str, LazyTensor] = {}
     for name in stored:
         layer, _, leaf = name.rpartition(".")
-        if leaf == INT8:
+        if leaf == _INT8:
             weight = f"{layer}.{_WEIGHT}"
             if weight in stored:
                 raise BadInput(f"{place}: {name!r} and {weight!r} are both the weight {weight!r}")
             found[weight] = _from_blocks(place, name, left.pop(name), _scale(place, name, left))
-        elif leaf == _WEIGHT and stored[name].dtype in _FP8:
+        elif leaf == _WEIGHT and (stored[name].dtype in _FP8 or f"{layer}.{_FP8_SCALE}" in stored):
             scale = left.pop(f"{layer}.{_FP8_SCALE}", None)
             left.pop(f"{layer}.{_FP8_INPUT}", None)
             found[name] = _from_fp8(place, name, left.pop(name), scale)
@@ -62,14 +63,14 @@ def unquantized(place: object, stored: Mapping[str, LazyTensor]) -> dict[str, La
     return found
 
 
-def _scale(place: object, name: str, left: dict[str, LazyTensor]) -> LazyTensor:
-    scale_name = f"{name.removesuffix(INT8)}{INT8_SCALE}"
+def _scale(place: Path, name: str, left: dict[str, LazyTensor]) -> LazyTensor:
+    scale_name = f"{name.removesuffix(_INT8)}{_INT8_SCALE}"
     if scale_name not in left:
         raise BadInput(f"{place}: {name!r} has no {scale_name!r} beside it")
     return left.pop(scale_name)
 
 
-def _from_blocks(place: object, name: str, values: LazyTensor, scales: LazyTensor) -> LazyTensor:
+def _from_blocks(place: Path, name: str, values: LazyTensor, scales: LazyTensor) -> LazyTensor:
     if values.dtype != torch.int8 or len(values.shape) != 2:
         raise BadInput(
             f"{place}: {name!r} is {dtype_name(values.dtype)} of shape {list(values.shape)}; "
@@ -85,7 +86,7 @@ def _from_blocks(place: object, name: str, values: LazyTensor, scales: LazyTenso
     return block_dequantized(values, scales)
 
 
-def _from_fp8(place: object, name: str, values: LazyTensor, scale: LazyTensor | None) -> LazyTensor:
+def _from_fp8(place: Path, name: str, values: LazyTensor, scale: LazyTensor | None) -> LazyTensor:
     if scale is None:
         return scaled(values)
     rows = values.shape[:1]
