@@ -14,19 +14,22 @@ os.environ["TURBO_OPT_PROVIDER_TABLE"] = "0"  # choices as declared, not as meas
 os.environ["TURBO_OPT_TUNING_CACHE"] = "0"  # nor configurations as tuned before
 
 
-_CAPTURING = ("tests/capture/", "tests/passes/", "tests/runtime/")
-"""Folders whose tests want every member of the Wan family captured."""
+_TOGETHER = {
+    "captured": ("tests/capture/", "tests/passes/", "tests/runtime/"),
+    "compiled": ("tests/artifact/", "tests/cli/"),
+}
+"""Folders whose tests want the same: every member of the Wan family captured, a small artifact."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One process captures for all; of the other modules each stays whole."""
+    """One process makes what several modules want; of the others each stays whole."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            whole = nodeid.startswith(_CAPTURING)
-            return "captured" if whole else super()._split_scope(nodeid)
+            scopes = [name for name, folders in _TOGETHER.items() if nodeid.startswith(folders)]
+            return scopes[0] if scopes else super()._split_scope(nodeid)
 
     return Scheduling(config, log) if config.getoption("dist") == "loadscope" else None
 

@@ -30,7 +30,9 @@ def test_import_is_light_and_touches_no_gpu():
         seconds, initialized = result.stdout.split()
         assert initialized == "False"
         times.append(float(seconds))
-    assert min(times) < 0.3
+        if times[-1] < 0.3:
+            return
+    pytest.fail(f"importing the package takes {min(times)} s")
 
 
 def test_every_name_at_the_top_is_what_it_says_also_the_second_time():

@@ -19,8 +19,8 @@ from turbo_opt.ir.printer import graph_text
 
 aten = torch.ops.aten
 DEEPER: dict[str, dict[str, Any]] = {
-    "flf2v": {"num_layers": 3},
-    "vace": {"num_layers": 3, "vace_layers": [0, 1, 2]},
+    "t2v": {"num_layers": 3},
+    "vace": {"num_layers": 2, "vace_layers": [0, 1]},
 }
 
 

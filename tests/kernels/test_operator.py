@@ -172,7 +172,9 @@ def test_import_is_light():
         )
         assert result.returncode == 0, result.stderr
         taken.append(float(result.stdout))
-    assert min(taken) < 0.5  # about 20 ms; generous, for a busy machine
+        if taken[-1] < 0.5:  # about 20 ms; generous, for a busy machine
+            return
+    pytest.fail(f"importing the kernels takes {min(taken)} s")
 
 
 def test_every_operator_has_a_schema_a_reference_and_no_alias():
