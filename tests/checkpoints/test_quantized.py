@@ -112,7 +112,7 @@ def test_another_scheme_or_a_merge_in_between_quantizes_the_numbers(student):
     assert joined.op == "block-quantize" and joined.load().shape[0] == 2 * weight.shape[0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**31))
 def test_blocks_may_be_cut_off_at_both_edges_and_go_through_a_cache(rows, columns, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -44,7 +44,9 @@ def scaled(values: LazyTensor, scale: LazyTensor | None = None) -> LazyTensor:
     Args:
         scale: what they are multiplied by: one number, or (out,) or (out, 1), one for each row.
     """
-    return apply("cast-scaled", values, scale)[0] if scale else cast(values, torch.float32)
+    if scale is None:
+        return cast(values, torch.float32)
+    return apply("cast-scaled", values, scale)[0]
 
 
 def concatenated(*tensors: LazyTensor) -> LazyTensor:
