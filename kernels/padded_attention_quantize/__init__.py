@@ -110,8 +110,8 @@ PADDED_ATTENTION_QUANTIZE = Operator(
     check=check,
     describe=describe,
     providers=[
-        Provider("triton", f"{__name__}.triton", triton_supports, requires="triton"),
         Provider("cuda", f"{__name__}.cuda", cuda_supports, unavailable=unavailable),
+        Provider("triton", f"{__name__}.triton", triton_supports, requires="triton"),
     ],
 )
 
