@@ -23,6 +23,8 @@ AUTOTUNE_VARIABLE = "TURBO_OPT_AUTOTUNE"  # "0": always take the first configura
 WARMUP_LAUNCHES = 3
 TIMED_LAUNCHES = 10
 
+_NOT_COMPILED = "PassManager::run failed"  # what Triton's compiler says of itself
+
 Config = TypeVar("Config")
 _fastest: dict[Hashable, object] = {}
 
@@ -73,12 +75,16 @@ def _measure(configs: Sequence[Config], launch: Callable[[Config], object]) -> t
 
 
 def _milliseconds(launch: Callable[[], object]) -> float:
-    """Median time of a launch; infinite if the configuration does not fit the device."""
+    """Median time of a launch; infinite if it does not fit the device or does not compile."""
     try:
         for _ in range(WARMUP_LAUNCHES):
             launch()
     except (OutOfResources, PTXASError):
         return math.inf
+    except RuntimeError as error:
+        if _NOT_COMPILED in str(error):
+            return math.inf
+        raise
     times = []
     for _ in range(TIMED_LAUNCHES):
         start = torch.cuda.Event(enable_timing=True)

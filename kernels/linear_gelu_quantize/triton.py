@@ -45,22 +45,28 @@ def _store_gelu(
     DIVISOR: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Add the bias, take GELU, and write a block of the quantized result and its scales."""
+    """Add the bias, take GELU, and write a block of the quantized result and its scales.
+
+    A block beyond the last feature is not written. Its bounds are masks: Triton 3.6 does not
+    compile a branch at the end of a flattened loop.
+    """
     at_row = row + tl.arange(0, SIDE)
     at_column = column + tl.arange(0, SIDE)
-    exists = at_row < rows
+    block = column // SIDE + tl.arange(0, 1)
+    within = block < FEATURES // SIDE
+    exists = (at_row < rows) & within
     if bias is not None:
-        accumulator += tl.load(bias + at_column).to(tl.float32)[None, :]
+        bias_values = tl.load(bias + at_column, mask=at_column < FEATURES, other=0.0)
+        accumulator += bias_values.to(tl.float32)[None, :]
     values = tl.where(exists[:, None], gelu_tanh(accumulator), 0.0)
 
-    feature_block = column // SIDE
     if PER_TOKEN:
         scale = block_scale(tl.max(tl.abs(values), axis=1), DIVISOR)
-        tl.store(y_scale + feature_block.to(tl.int64) * rows + at_row, scale, mask=exists)
+        tl.store(y_scale + block.to(tl.int64) * rows + at_row, scale, mask=exists)
         result = to_quantized(values, scale[:, None], y.dtype.element_ty)
     else:
         scale = block_scale(tl.max(tl.max(tl.abs(values), axis=1), axis=0), DIVISOR)
-        tl.store(y_scale + (row // SIDE) * (FEATURES // SIDE) + feature_block, scale)
+        tl.store(y_scale + row // SIDE * (FEATURES // SIDE) + block, scale, mask=within)
         result = to_quantized(values, scale, y.dtype.element_ty)
 
     if TMA:
@@ -162,23 +168,21 @@ def _multiply_gelu_blocks(
             TMA,
         )
         if WIDE:
-            column_2 = column + SIDE
-            if column_2 < FEATURES:
-                _store_gelu(
-                    y,
-                    y_tma,
-                    y_scale,
-                    bias,
-                    accumulator_2,
-                    row,
-                    column_2,
-                    tokens,
-                    FEATURES,
-                    SIDE,
-                    PER_TOKEN,
-                    DIVISOR,
-                    TMA,
-                )
+            _store_gelu(
+                y,
+                y_tma,
+                y_scale,
+                bias,
+                accumulator_2,
+                row,
+                column + SIDE,
+                tokens,
+                FEATURES,
+                SIDE,
+                PER_TOKEN,
+                DIVISOR,
+                TMA,
+            )
 
 
 def linear_gelu_quantize(

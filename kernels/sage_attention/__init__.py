@@ -27,6 +27,10 @@ from ..sparse_rules import check_attention_dtypes, check_pv, empty_heads
 HEAD_DIMS = (64, 128)
 """Channels of a head that the kernels are written for; the reference takes any number."""
 _SAGEATTN_DEVICES = ("sm80", "sm86", "sm89", "sm90", "sm120")
+_FEWEST_KEYS = 8192
+"""Of `sageattention`: its release 1 sums a softmax over whole blocks of 64, in which a key beyond
+the last has the score 0. Here these are less than 0.8 % of all.
+Source: github.com/thu-ml/SageAttention, attn_qk_int8_per_block.py of 1.0.6."""
 
 
 class SageAttentionCall(NamedTuple):
@@ -93,6 +97,11 @@ def sageattention_supports(capability: Capability, call: SageAttentionCall) -> s
         return f"it is called for heads of 64 or 128 channels, got {call.head_dim}"
     if call.dtype is torch.float32:
         return "it takes 16-bit operands"
+    if call.keys < _FEWEST_KEYS:
+        return (
+            f"its release 1 counts up to 63 keys of zero beyond the last, too many for fewer than "
+            f"{_FEWEST_KEYS} keys"
+        )
     if call.pv == "16bit" and capability.at_least(8, 9):
         return "from sm89 on it multiplies P and v in e4m3, pv='16bit' asks for 16 bits"
     return None

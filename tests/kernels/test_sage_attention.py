@@ -298,6 +298,9 @@ def test_what_is_not_served_is_explained():
     assert "heads of 64 or 128 channels, got 80" in odd["sageattention"]
     whole = explain("sage_attention", "sm90", *arguments(pv="16bit")).passed_over
     assert "pv='16bit' asks for 16 bits" in whole["sageattention"]
+    few = explain("sage_attention", "sm90", *arguments(keys=8191)).passed_over
+    assert "63 keys of zero beyond the last, too many for fewer than 8192" in few["sageattention"]
+    assert "63 keys" not in str(explain("sage_attention", "sm90", *arguments(keys=8192)))
     other = explain("sage_attention", "sm100", *arguments()).passed_over
     assert other["sageattention"] == "its kernels are for sm80, sm86, sm89, sm90, sm120"
 
@@ -361,6 +364,7 @@ GPU_SHAPES = [
     (1, 2, 5000, 257, 64),
     (1, 2, 1, 4000, 128),
     (1, 1, 129, 1, 128),
+    (1, 2, 300, 8200, 128),
 ]
 
 

@@ -242,3 +242,12 @@ def test_a_kernel_is_tuned_once_for_all_processes(monkeypatch, tmp_path):
         monkeypatch.setattr(tuning, "_milliseconds", lambda launch: pytest.fail("measured again"))
         assert torch.equal(block_linear(*operands, None, "int8-block"), y)
     assert tuning.measured_configurations() == first
+
+
+def test_what_does_not_compile_is_no_configuration_and_other_errors_are_not_hidden():
+    def fails(message):
+        raise RuntimeError(message)
+
+    assert tuning._milliseconds(lambda: fails("PassManager::run failed")) == math.inf
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        tuning._milliseconds(lambda: fails("an illegal memory access was encountered"))
