@@ -72,8 +72,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 6) measure_keys(
             float x[8];
             unpack(load_shared(source + 1024 * n), x);
 #if ROTATION
-            normalize_and_turn(x, rstd[token], weights, __ldg((const float4 *)(cos + token * PAIRS)),
-                               __ldg((const float4 *)(sin + token * PAIRS)));
+            weigh_and_turn(x, weights, __ldg((const float4 *)(cos + token * PAIRS)),
+                           __ldg((const float4 *)(sin + token * PAIRS)));
+            const float own_rstd = rstd[token];
+#pragma unroll
+            for (int i = 0; i < 8; i++) x[i] *= own_rstd;
 #endif
 #pragma unroll
             for (int i = 0; i < 8; i++) {
