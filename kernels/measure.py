@@ -57,7 +57,7 @@ def measure(operator: Operator, args: Sequence[Any], device: torch.device) -> Me
     this device but not installed.
 
     Args:
-        args: tensors may be on meta; random ones of the same shapes and strides take their place.
+        args: tensors may be on meta; those of `timed_inputs` take their place.
     """
     serving = operator.choose(device, *args).serving
     times: dict[str, Timing] = {}
@@ -88,6 +88,12 @@ def _missing(operator: Operator, args: Sequence[Any], device: torch.device) -> d
         if provider.supports(capability, description) is None
     }
     return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def timed_inputs(operator: Operator, args: Sequence[Any], device: torch.device) -> InputSet:
+    """Random arguments on `device`, with what the operator says is typical of them."""
+    inputs = random_inputs(args, device)
+    return inputs if operator.typical_inputs is None else operator.typical_inputs(*inputs)
 
 
 def random_inputs(args: Sequence[Any], device: torch.device, seed: int = 0) -> InputSet:
@@ -130,14 +136,14 @@ def _not_worth_it(provider: str, args: Sequence[Any], device: torch.device) -> s
 def _time(operator: Operator, args: Sequence[Any], device: torch.device) -> Timing:
     call = getattr(torch.ops.turbo_opt, operator.name).default
     if device.type != "cuda":
-        inputs = [random_inputs(args, device)]
+        inputs = [timed_inputs(operator, args, device)]
         (first,) = wall_times(call, inputs, 1)
         if first > LONGEST_CALL_MS:
             return Timing.of([first])
         (once,) = wall_times(call, inputs, 1)
         return Timing.of(wall_times(call, inputs, max(3, min(CPU_RUNS, int(CPU_MS / once)))))
     with torch.cuda.device(device):
-        sets = input_sets(lambda: random_inputs(args, device))
+        sets = input_sets(lambda: timed_inputs(operator, args, device))
         call(*sets[0])  # compiles and tunes
         (once,) = between_events([lambda: call(*sets[-1])])
         if once > LONGEST_CALL_MS:

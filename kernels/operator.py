@@ -105,6 +105,8 @@ class Operator:
     `check(*args)` raises OperatorInputError for arguments that the operator does not define; it
     serves real and fake tensors. `describe(*args)` returns the hashable facts on which the choice
     depends. `prefer(capability, description, names)` puts provider names in order.
+    `typical_inputs(*args)`, if there, returns random arguments with typical values in place of
+    those that decide how long a call takes: what is timed.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Operator:
     describe: Callable[..., Hashable]
     providers: Sequence[Provider] = ()
     prefer: Callable[[Capability, Any, Sequence[str]], Sequence[str]] = fastest_first
+    typical_inputs: Callable[..., tuple[Any, ...]] | None = None
     _decisions: dict[Hashable, _Decision] = field(default_factory=dict, repr=False)
     _retired_calls: dict[str, int] = field(default_factory=dict, repr=False)
 

@@ -13,8 +13,8 @@ The same formulas with a wider intermediate: what gelu and attention give, and w
 a layer, is no longer rounded to 16 bits before its 8-bit rounding, in which one bit of that decides
 now and then, so the two forms are compared on operands cast to float32; so is what a layer adds to
 the stream. The norms read the residual stream as it is stored, and all else that reads it still
-does. Attention and a layer with its gelu are fused where a scale belongs to one token: a block of
-128 tokens (`int8-block`) is more than a program of attention, or a warp of the product, holds.
+does. Attention is fused where a scale belongs to one token: a block of 128 tokens (`int8-block`) is
+more than a program of attention holds.
 """
 
 from __future__ import annotations

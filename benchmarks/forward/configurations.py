@@ -9,7 +9,7 @@ _SPARSE = "sparse-attention{{mode={mode} topk=0.1 block_q=64 block_k=128{pv}}}"
 _FUSED = (
     "canonicalize,fuse-norms,merge-padding,{attention}fuse-qk-norm-rope,"
     "quantize-linear{{scheme={scheme}}},fuse-norm-quantize,fuse-qkv{{cross_attention=false}},"
-    "fuse-epilogues{{linear_gelu={fp8} linear_residual={fp8}}},hoist-invariants"
+    "fuse-epilogues{{linear_gelu=true linear_residual={fp8}}},hoist-invariants"
 )
 _SAGESLA = _SPARSE.format(mode="sagesla", pv=" pv=fp8") + ","
 _SAGE = "sage-attention{pv=fp8},"

@@ -1,4 +1,4 @@
-"""linear_gelu_quantize as block_linear's tiled product with another end. Not measured yet.
+"""linear_gelu_quantize as block_linear's tiled product with another end.
 
 A block of 128 tokens by 128 features holds every value that its scales belong to: one scale for all
 of it (int8) or one for each of its rows (fp8). So bias, GELU and rounding follow the sums in

@@ -11,6 +11,7 @@ stands for all: where 128 tokens share an 8-bit scale, it shares one with paddin
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -24,6 +25,8 @@ from ..sparse_rules import check_attention_dtypes, empty_heads
 
 HEAD_DIMS = (64, 128)
 """Channels of a head that the kernels are written for; the reference takes any number."""
+PROMPT_TOKENS = 160
+"""Of an extended prompt of some 120 words, for which providers are timed."""
 PaddedCall = tuple[int, torch.dtype]
 """What the choice of a provider depends on: channels of a head, dtype."""
 
@@ -77,6 +80,13 @@ def fake(
     return empty_heads(q)
 
 
+def typical_inputs(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, *others: Any
+) -> tuple[Any, ...]:
+    """The arguments with a prompt of 160 tokens, or one that fills all positions but the last."""
+    return (q, k, v, torch.full_like(start, min(PROMPT_TOKENS, k.shape[2] - 1)), *others)
+
+
 def triton_supports(capability: Capability, call: PaddedCall) -> str | None:
     head_dim, dtype = call
     if head_dim not in HEAD_DIMS:
@@ -102,6 +112,7 @@ PADDED_ATTENTION = Operator(
         Provider("cuda", f"{__name__}.cuda", cuda_supports, unavailable=unavailable),
         Provider("triton", f"{__name__}.triton", triton_supports, requires="triton"),
     ],
+    typical_inputs=typical_inputs,
 )
 
 

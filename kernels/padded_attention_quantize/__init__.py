@@ -18,7 +18,7 @@ from ..block_quantize import fake as fake_quantized
 from ..capability import Capability
 from ..errors import OperatorInputError
 from ..operator import Operator, Provider
-from ..padded_attention import PaddedCall
+from ..padded_attention import PaddedCall, typical_inputs
 from ..padded_attention import check_as as check_attention
 from ..padded_attention import cuda_supports as attention_by_cuda
 from ..padded_attention import describe as describe_attention
@@ -113,6 +113,7 @@ PADDED_ATTENTION_QUANTIZE = Operator(
         Provider("cuda", f"{__name__}.cuda", cuda_supports, unavailable=unavailable),
         Provider("triton", f"{__name__}.triton", triton_supports, requires="triton"),
     ],
+    typical_inputs=typical_inputs,
 )
 
 

@@ -23,7 +23,6 @@ from turbo_opt.compiler.rewrite import (
     rewrite_each,
 )
 from turbo_opt.ir.program import Denoiser, Program
-from turbo_opt.kernels import SCHEMES
 from turbo_opt.passes._epilogues.comparison import in_float32, observe, widened
 
 aten = torch.ops.aten
@@ -62,7 +61,7 @@ def emit_gelu(found: Found, editor: Editor) -> Node:
 
 
 def match_linear_gelu(node: Node, denoiser: Denoiser) -> Found | Miss | None:
-    """A quantized gelu of a layer that is read by it alone, scales belonging to one token."""
+    """A quantized gelu of a layer of the same scheme that is read by it alone."""
     if not is_call(node, ops.gelu_quantize.default):
         return None
     layer, scheme = named_args(node).values()
@@ -71,8 +70,6 @@ def match_linear_gelu(node: Node, denoiser: Denoiser) -> Found | Miss | None:
     arguments = named_args(layer)
     if arguments["scheme"] != scheme:
         return Miss(f"the layer is {arguments['scheme']} and its result {scheme}")
-    if SCHEMES[scheme].activation_block[0] > 1:
-        return Miss(f"a scale of {scheme} spans more tokens than a warp of the product holds")
     if only_user(layer) is not node:
         return Miss("the layer's 16-bit result is read by another operator too")
     inputs = (arguments["q"], arguments["q_scale"])

@@ -74,6 +74,17 @@ def test_tiny_wan_has_on_a_cpu_all_that_gpu_recipes_do_to_a_graph():
     assert passes(gpu) == passes(["tiny-wan/cpu-all", "tiny-wan/cpu-turbo"])
 
 
+def test_in_every_gpu_recipe_the_layer_before_gelu_writes_its_quantized_result():
+    asking = {
+        name
+        for name in SHIPPED
+        for spec in load_recipe(name).specs()
+        if spec.name == "fuse-epilogues" and spec.options.get("linear_gelu")
+    }
+    gpu = {name for name in SHIPPED if name.partition("/")[2].startswith(GPUS)}
+    assert asking == gpu | {"tiny-wan/cpu-all"}
+
+
 def test_text_and_image_models_have_sparse_recipes_for_gpus():
     models = {name.partition("/")[0] for name in SPARSE}
     assert len(models) == 7

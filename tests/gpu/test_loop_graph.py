@@ -26,7 +26,7 @@ SIZE = (5, 24, 24)  # 17 frames of 96×96
 FUSED = (
     "canonicalize,fuse-norms,merge-padding,fuse-qk-norm-rope,quantize-linear{{scheme={scheme}}},"
     "fuse-norm-quantize,fuse-qkv{{cross_attention=false}},"
-    "fuse-epilogues{{linear_gelu={fp8} linear_residual={fp8}}},hoist-invariants"
+    "fuse-epilogues{{linear_gelu=true linear_residual={fp8}}},hoist-invariants"
 )
 
 

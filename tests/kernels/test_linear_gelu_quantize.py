@@ -229,10 +229,16 @@ def test_composed_runs_the_two_operators_as_they_are_forced(device):
     [
         ("sm90", "fp8-block", torch.bfloat16, "cuda"),
         ("sm90", "fp8-block", torch.float16, "composed"),
-        ("sm90", "int8-block", torch.bfloat16, "composed"),
+        ("sm90", "int8-block", torch.bfloat16, "triton"),
         ("sm89", "fp8-block", torch.bfloat16, "composed"),
+        ("sm89", "int8-block", torch.bfloat16, "triton"),
+        ("sm120", "fp8-block", torch.bfloat16, "composed"),
+        ("sm120", "int8-block", torch.bfloat16, "triton"),
         ("sm100", "fp8-block", torch.bfloat16, "composed"),
+        ("sm80", "int8-block", torch.float32, "triton"),
+        ("sm75", "int8-block", torch.bfloat16, "composed"),
         ("cpu", "fp8-block", torch.bfloat16, "reference"),
+        ("cpu", "int8-block", torch.float32, "composed"),
     ],
 )
 def test_choice_on_described_devices(device_name, scheme, dtype, provider):
@@ -244,13 +250,13 @@ def test_choice_on_described_devices(device_name, scheme, dtype, provider):
     ("device_name", "scheme", "serving"),
     [
         ("sm90", "fp8-block", ("cuda", "composed", "triton", "reference")),
-        ("sm90", "int8-block", ("composed", "triton", "reference")),
+        ("sm90", "int8-block", ("triton", "composed", "reference")),
         ("sm89", "fp8-block", ("composed", "triton", "reference")),
-        ("sm80", "int8-block", ("composed", "triton", "reference")),
+        ("sm80", "int8-block", ("triton", "composed", "reference")),
         ("sm80", "fp8-block", ("composed", "reference")),
     ],
 )
-def test_triton_is_offered_but_comes_after_what_was_measured(device_name, scheme, serving):
+def test_triton_comes_first_in_int8_and_last_in_fp8(device_name, scheme, serving):
     operands = problem(4, 128, 128, scheme, torch.device("cpu"))
     assert explain(NAME, device_name, *operands, scheme, torch.bfloat16).serving == serving
 

@@ -10,7 +10,7 @@ import torch
 
 from turbo_opt.kernels import measure as measuring
 from turbo_opt.kernels import operator
-from turbo_opt.kernels.measure import Measurement, measure, random_inputs
+from turbo_opt.kernels.measure import Measurement, measure, random_inputs, timed_inputs
 from turbo_opt.kernels.operator import forced_providers
 from turbo_opt.kernels.timing import Timing
 
@@ -90,6 +90,41 @@ def test_the_declared_provider_is_left_for_a_gain_only(ms, choice):
     entry = Measurement("torch", times, {}).entry()
     assert (entry.provider if entry else None) == choice
     assert entry is None or entry.ms == ms
+
+
+def prompted(name, positions, batch=2, dtype=torch.float32):
+    """Arguments of an attention to a padded prompt of so many positions."""
+    q = torch.empty(batch, 2, 7, 128, dtype=dtype, device="meta")
+    k = torch.empty(batch, 2, positions, 128, dtype=dtype, device="meta")
+    start = torch.empty(batch, dtype=torch.int32, device="meta")
+    return (q, k, k, start, None, *(["fp8-block"] if name.endswith("quantize") else []))
+
+
+@pytest.mark.parametrize(("positions", "words"), [(512, 160), (161, 160), (160, 159), (1, 0)])
+@pytest.mark.parametrize("name", ["padded_attention", "padded_attention_quantize"])
+def test_a_padded_prompt_is_timed_with_typical_words(name, positions, words, monkeypatch):
+    reference = importlib.import_module(f"turbo_opt.kernels.{name}.reference")
+    whole, starts = getattr(reference, name), []
+
+    def seen(q, k, v, start, *others):
+        starts.append(start)
+        return whole(q, k, v, start, *others)
+
+    monkeypatch.setattr(reference, name, seen)
+    found = measure(operator(name), prompted(name, positions), CPU)
+    assert len(starts) >= found.times["reference"].runs >= 3
+    assert all(start.tolist() == [words, words] for start in starts)
+    assert starts[0].dtype is torch.int32
+
+
+def test_an_operator_that_says_nothing_of_typical_values_is_timed_with_zeros():
+    lists = torch.empty(1, 2, 4, 3, dtype=torch.int32, device="meta")
+    q = torch.empty(1, 2, 256, 64, device="meta")
+    sparse = operator("block_sparse_attention")
+    made = timed_inputs(sparse, (q, q, q, lists, 64, 64), CPU)
+    assert sparse.typical_inputs is None
+    assert not made[3].any() and made[3].shape == lists.shape
+    assert made[0].std() > 0 and made[4:] == (64, 64)
 
 
 def test_random_inputs_have_the_layout_of_what_they_stand_for():

@@ -17,7 +17,7 @@ from tests.passes.epilogues import (
     ops,
     output_sqnr_db,
 )
-from tests.passes.graphs import ops_of, program_of, reasons_of
+from tests.passes.graphs import calls_of, ops_of, program_of, reasons_of
 from turbo_opt.errors import BudgetExceeded
 
 
@@ -55,24 +55,35 @@ def test_a_near_miss_of_gelu_says_why(optimize, net, reason):
     assert "turbo_opt.gelu_quantize" not in ops_of(after)
 
 
-def layer_then_gelu(q, q_scale, weight, weight_scale, bias, scheme="fp8-block"):
-    y = ops.block_linear(q, q_scale, weight, weight_scale, bias, scheme, torch.bfloat16)
-    return dequantized(ops.gelu_quantize(y, scheme))
+FUSED = f"{BASE}fuse-epilogues{{linear_gelu=true}}"
 
 
-def test_a_layer_writes_its_quantized_gelu_where_that_is_asked_for(optimize):
-    activation, weights = layer_operands()
-    program = program_of(layer_then_gelu, *activation, **weights)
-    left = optimize(program, f"{BASE}fuse-epilogues?")
-    assert {"turbo_opt.block_linear", "turbo_opt.gelu_quantize"} <= set(ops_of(left))
-    program = program_of(layer_then_gelu, *activation, **weights)
-    after = optimize(program, f"{BASE}fuse-epilogues{{linear_gelu=true}}")
-    assert ops_of(after)[0] == "turbo_opt.linear_gelu_quantize"
-    assert not {"turbo_opt.block_linear", "turbo_opt.gelu_quantize"} & set(ops_of(after))
-    assert after.history[-1]["verification"]["checked"] == 1
+def layer_then_gelu(scheme):
+    """A program of a layer from 128 to 256 features, and its quantized gelu."""
+
+    def net(q, q_scale, weight, weight_scale, bias):
+        y = ops.block_linear(q, q_scale, weight, weight_scale, bias, scheme, torch.bfloat16)
+        return dequantized(ops.gelu_quantize(y, scheme))
+
+    activation, weights = layer_operands(scheme)
+    return program_of(net, *activation, **weights)
 
 
-def test_a_layer_that_loses_its_bias_exceeds_the_budget(optimize, monkeypatch):
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_layer_writes_its_quantized_gelu_where_that_is_asked_for(optimize, scheme):
+    left = optimize(layer_then_gelu(scheme), f"{BASE}fuse-epilogues?")
+    assert ops_of(left)[:2] == ["turbo_opt.block_linear", "turbo_opt.gelu_quantize"]
+    after = optimize(layer_then_gelu(scheme), FUSED)
+    assert ops_of(after) == ["turbo_opt.linear_gelu_quantize", *ops_of(left)[2:]]
+    (layer,) = calls_of(left, "turbo_opt.block_linear")
+    (fused,) = calls_of(after, "turbo_opt.linear_gelu_quantize")
+    assert [str(operand) for operand in fused.args] == [str(operand) for operand in layer.args]
+    verification = after.history[-1]["verification"]
+    assert (verification["checked"], verification["bitwise"]) == (1, True)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_layer_that_loses_its_bias_exceeds_the_budget(optimize, monkeypatch, scheme):
     from turbo_opt.passes._epilogues import gelu as module
 
     def compare(found, new, editor):
@@ -81,14 +92,8 @@ def test_a_layer_that_loses_its_bias_exceeds_the_budget(optimize, monkeypatch):
 
     whole = module.layer_in_float32
     monkeypatch.setattr(module, "layer_in_float32", compare)
-    activation, weights = layer_operands()
-    program = program_of(layer_then_gelu, *activation, **weights)
     with pytest.raises(BudgetExceeded, match="budget of 'reorders'"):
-        optimize(program, f"{BASE}fuse-epilogues{{linear_gelu=true}}")
-
-
-def int8_layer(q, q_scale, weight, weight_scale, bias):
-    return layer_then_gelu(q, q_scale, weight, weight_scale, bias, "int8-block")
+        optimize(layer_then_gelu(scheme), FUSED)
 
 
 def mixed_layer(q, q_scale, weight, weight_scale, bias):
@@ -97,24 +102,20 @@ def mixed_layer(q, q_scale, weight, weight_scale, bias):
 
 
 def layer_read_twice(q, q_scale, weight, weight_scale, bias):
-    y = ops.block_linear(q, q_scale, weight, weight_scale, bias, "fp8-block", torch.bfloat16)
-    return dequantized(ops.gelu_quantize(y, "fp8-block")) + y
+    scheme = "int8-block" if q.dtype is torch.int8 else "fp8-block"
+    y = ops.block_linear(q, q_scale, weight, weight_scale, bias, scheme, torch.bfloat16)
+    return dequantized(ops.gelu_quantize(y, scheme)) + y
+
+
+READ_TWICE = "the layer's 16-bit result is read by another operator too"
 
 
 @pytest.mark.parametrize(
     ("net", "scheme", "reason"),
     [
-        (
-            int8_layer,
-            "int8-block",
-            "a scale of int8-block spans more tokens than a warp of the product holds",
-        ),
         (mixed_layer, "int8-block", "the layer is int8-block and its result fp8-block"),
-        (
-            layer_read_twice,
-            "fp8-block",
-            "the layer's 16-bit result is read by another operator too",
-        ),
+        (layer_read_twice, "int8-block", READ_TWICE),
+        (layer_read_twice, "fp8-block", READ_TWICE),
     ],
 )
 def test_a_near_miss_of_a_layer_and_its_gelu_says_why(optimize, net, scheme, reason):
@@ -128,8 +129,9 @@ def test_a_near_miss_of_a_layer_and_its_gelu_says_why(optimize, net, scheme, rea
 @pytest.mark.parametrize(
     ("dtype", "least"), [(torch.float32, float("inf")), (torch.bfloat16, 35)], ids=str
 )
-def test_every_layer_before_a_gelu_of_a_model_is_fused_on_request(optimize, dtype, least):
-    text = f"{QUANTIZED.format('fp8-block')},fuse-epilogues"
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_layer_before_a_gelu_of_a_model_is_fused_on_request(optimize, scheme, dtype, least):
+    text = f"{QUANTIZED.format(scheme)},fuse-epilogues"
     before = optimize(captured_program(VARIANTS["t2v"], dtype), text, "off")
     after = optimize(captured_program(VARIANTS["t2v"], dtype), f"{text}{{linear_gelu=true}}")
     assert ops_of(after).count("turbo_opt.linear_gelu_quantize") == 2
