@@ -72,11 +72,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 6) measure_keys(
             float x[8];
             unpack(load_shared(source + 1024 * n), x);
 #if ROTATION
-            weigh_and_turn(x, weights, __ldg((const float4 *)(cos + token * PAIRS)),
-                           __ldg((const float4 *)(sin + token * PAIRS)));
-            const float own_rstd = rstd[token];
-#pragma unroll
-            for (int i = 0; i < 8; i++) x[i] *= own_rstd;
+            normalize_and_turn(x, rstd[token], weights, __ldg((const float4 *)(cos + token * PAIRS)),
+                               __ldg((const float4 *)(sin + token * PAIRS)));
 #endif
 #pragma unroll
             for (int i = 0; i < 8; i++) {

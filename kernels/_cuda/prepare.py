@@ -21,8 +21,17 @@ _MEASURING_WARPS = 4  # of a program of measure_keys, a head each
 _RMS_WARPS = 8  # of a program of measure_rms, a row each
 _THREADS = 512  # of a program of prepare_keys and prepare_queries
 _KEY_STAGES = 4  # prepare_keys.cu's ring: 64 tokens of k and v in bf16 each
-_QUERY_HEADS = 2  # of a program of prepare_queries, and the blocks that it takes at a time
-_QUERY_BLOCKS = 2
+_WARPGROUPS = 4  # of a program of prepare_queries
+
+
+class QueryVariant(NamedTuple):
+    """How many heads a program of prepare_queries takes; how many tiles a warp has in flight."""
+
+    heads: int
+    stages: int
+
+
+QUERY_VARIANT = QueryVariant(heads=1, stages=1)
 
 
 def prepare(
@@ -146,7 +155,7 @@ def prepare_keys(
         state = k_mean.new_empty((all_heads, parts, HEAD_DIM, HEAD_DIM))
         key_sum = k_mean.new_empty((all_heads, parts, HEAD_DIM))
     ring = _KEY_STAGES * 64 * 2 * HEAD_DIM * 2
-    shared_bytes = _ALIGNMENT + ring + 2 * BLOCK_K * HEAD_DIM + 512
+    shared_bytes = _ALIGNMENT + ring + BLOCK_K * HEAD_DIM + 512
     _load("prepare_keys", k, {**tables.defines(), **_branch(projection)}, shared_bytes).launch(
         (parts, all_heads), _THREADS,
         k, v, *tables.arguments(), k_mean, k_scale, v_scale, k_int8, v_fp8, state, key_sum,
@@ -167,26 +176,29 @@ def prepare_queries(
     q_scale: torch.Tensor,
     q_means: torch.Tensor,
     branch: torch.Tensor | None,
+    variant: QueryVariant | None = None,
 ) -> None:
     """Write the tiles, their scales, the block means and, with a projection, `branch`."""
+    chosen = variant or QUERY_VARIANT
     heads, length = q.shape[1:3]
     all_heads, blocks = q_scale.shape[:2]
-    pairs = -(-all_heads // _QUERY_HEADS)
-    steps, parts = _parts(-(-blocks // _QUERY_BLOCKS), pairs, multiprocessors(q.device))
-    matrices = _QUERY_HEADS * 2 * (HEAD_DIM + 8) * 128 if linear else 0
-    tables_bytes = _QUERY_BLOCKS * 2 * BLOCK_Q * HEAD_DIM // 2 * 4 if tables.cos is not None else 0
-    of_a_warpgroup = BLOCK_Q * HEAD_DIM * 2 + 2 * 4 * HEAD_DIM * 4  # queries, sums
-    shared_bytes = (
-        _ALIGNMENT + matrices + tables_bytes + _QUERY_BLOCKS * _QUERY_HEADS * of_a_warpgroup
-        + (_QUERY_HEADS + 1) * HEAD_DIM * 4
-    )  # fmt: skip
+    groups = -(-all_heads // chosen.heads)
+    at_once = _WARPGROUPS // chosen.heads
+    steps, parts = _parts(-(-blocks // at_once), groups, multiprocessors(q.device))
+    defines = {"HEADS": chosen.heads, "STAGES": chosen.stages}
+    matrices = chosen.heads * 2 * (HEAD_DIM + 8) * 128 if linear else 0
+    ring = 4 * _WARPGROUPS * chosen.stages * 16 * HEAD_DIM * 2
+    sums = _WARPGROUPS * 2 * 4 * HEAD_DIM * 4
+    shared_bytes = _ALIGNMENT + matrices + ring + sums + (chosen.heads + 1) * HEAD_DIM * 4
     bias = None
     if projection is not None and projection.bias is not None:
         bias = projection.bias.float().contiguous()
-    _load("prepare_queries", q, {**tables.defines(), **_branch(projection)}, shared_bytes).launch(
-        (parts, pairs), _THREADS,
+    _load(
+        "prepare_queries", q, {**tables.defines(), **_branch(projection), **defines}, shared_bytes
+    ).launch(
+        (parts, groups), _THREADS,
         q, *tables.arguments(), *(linear or (None, None)), bias, q_int8, q_scale, q_means, branch,
-        NORMALIZER_EPS * HEAD_DIM / length, length, heads, all_heads, blocks, steps * _QUERY_BLOCKS,
+        NORMALIZER_EPS * HEAD_DIM / length, length, heads, all_heads, blocks, steps * at_once,
         *_strides(q),
     )  # fmt: skip
 

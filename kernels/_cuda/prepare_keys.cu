@@ -5,8 +5,7 @@
 // shared memory in the layout of the tensor cores' operands, channels along rows of 128 bytes
 // (swizzled): k's and v's lower and upper 64 channels. A thread reads the two chunks of k that it has
 // copied itself, 8 lanes a token, and puts φ(k) in their place; v is multiplied as it is. Four
-// warpgroups hold a quarter of the state each, and multiply what they have prepared while they
-// prepare the next tokens: one barrier then serves both.
+// warpgroups hold a quarter of the state each, and multiply while they prepare the next tokens.
 // Σφ(k) is a product with ones, so that it sums the φ(k) that φ(k)ᵀv sums, rounded to bf16.
 
 constexpr int BLOCK = 128, THREADS = 512, TOKENS = 64, STAGES = 4;
@@ -42,8 +41,9 @@ DEVICE void multiply(float (&d)[32], u64 a, u64 b, int add) {
         : "l"(a), "l"(b), "r"(add));
 }
 
-// d (64×8) = a (64×16, as above) · b (16×8) + d, or without d
-DEVICE void add_tokens(float (&d)[4], u64 a, u64 b, int add) {
+// d (64×8) = a (64×16, as above) · ones (16×8, in any order) + d, or without d
+DEVICE void add_tokens(float (&d)[4], u64 a, u32 ones, int add) {
+    const u64 b = (u64)((ones & 0x3FFFF) >> 4) | ((u64)(128 >> 4) << 16) | ((u64)(128 >> 4) << 32);
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %6, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, %4, %5, "
                  "add, 1, 1, 1, 0;\n}\n"
@@ -64,21 +64,21 @@ DEVICE float token_sum(float x) {
     return x;
 }
 
-// φ of a token's 16 channels in this lane, x · rstd; 0 if the token does not exist.
-DEVICE void take_features(float (&x)[2][8], float rstd, bool exists) {
+// φ of a token's 16 channels in this lane; 0 if the token does not exist.
+DEVICE void take_features(float (&x)[2][8], bool exists) {
     float factor = exists ? 1.0f : 0.0f, largest = 0.0f;
 #if MAP == 0
     largest = fmaxf(x[0][0], x[1][0]);
 #pragma unroll
     for (int i = 1; i < 8; i++) largest = fmaxf(largest, fmaxf(x[0][i], x[1][i]));
-    largest = token_max(largest) * (rstd * LOG2_E);
+    largest = token_max(largest);
     float sums[2] = {};
 #endif
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            x[half][i] = feature(x[half][i], rstd, largest);
+            x[half][i] = feature(x[half][i], largest);
 #if MAP == 0
             sums[half] += x[half][i];
 #endif
@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
     long long v_batch, long long v_token, long long v_head) {
     extern __shared__ u8 memory[];
     const u32 ring = (shared_address(memory) + 1023) & ~1023u;
-    const u32 v_tiles = ring + STAGES * STAGE_BYTES, ones = v_tiles + 2 * TILE_BYTES;
+    const u32 v_tile = ring + STAGES * STAGE_BYTES, ones = v_tile + TILE_BYTES;
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
     const int head_of_all = blockIdx.y, batch = head_of_all / heads, head = head_of_all % heads;
     const int first_block = blockIdx.x * per_part;
@@ -132,7 +132,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
             const int token = first + TOKENS * stage;
             const bool exists = token < length;
             const u32 target = ring + stage % STAGES * STAGE_BYTES + own;
-            const u16 *key = k + token * k_token, *value = v + token * v_token;
+            const u16 *key = k + (exists ? token * k_token : 0);
+            const u16 *value = v + (exists ? token * v_token : 0);
             copy_chunk(target, key, exists);
             copy_chunk(target + PART_BYTES, key + 64, exists);
             copy_chunk(target + 2 * PART_BYTES, value, exists);
@@ -148,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
     k_scale += (long long)head_of_all * blocks + first_block;
     auto look_up = [&](Token &ahead, int stage) {
         const int token = first + TOKENS * stage;
-        ahead.rstd = 1.0f;
+        ahead.rstd = 0.0f;
         if (stage >= stages) return;
         ahead.factor = __fdividef(1.0f, __ldg(k_scale + stage / 2));
 #if ROTATION
@@ -179,64 +180,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
 #if LINEAR
     if (thread < ONES_BYTES / 16)
         store_shared(ones + 16 * thread, 0x3F803F80u, 0x3F803F80u, 0x3F803F80u, 0x3F803F80u);
-    const int group = __shfl_sync(ALL_LANES, warp >> 2, 0);         // known to be one for a warp
-    const int lower = group & 1, right = group >> 1;                // quarter of the state
-    const u64 features_at = descriptor(ring + lower * PART_BYTES, 1024);
-    const u64 values_at = descriptor(ring + (2 + right) * PART_BYTES, 1024);
-    // In any order, so without a swizzle.
-    const u64 ones_at = (u64)(ones >> 4) | ((u64)(128 >> 4) << 16) | ((u64)(128 >> 4) << 32);
+    const int group = warp >> 2, lower = group & 1, right = group >> 1;  // quarter of the state
     float products[32], sums[4];  // set by the first product
-
-    auto start_products = [&](int stage) {
-        const u32 place = stage % STAGES * (STAGE_BYTES >> 4);
-        mma_fence();
-#pragma unroll
-        for (int step = 0; step < TOKENS / 16; step++) {
-            const u64 a = features_at + place + step * (2048 >> 4);
-            multiply(products, a, values_at + place + step * (2048 >> 4), stage + step);
-            add_tokens(sums, a, ones_at, stage + step);
-        }
-        mma_commit();
-    };
 #endif
-
-    auto store_v = [&](int block) {
-        store_tile(v_fp8 + (long long)block * TILE_BYTES, v_tiles + block % 2 * TILE_BYTES);
-    };
 
 #pragma unroll 1
     for (int stage = 0; stage < stages; stage++) {
         const u32 keys = ring + stage % STAGES * STAGE_BYTES, values = keys + 2 * PART_BYTES;
-        const u32 v_tile = v_tiles + stage / 2 % 2 * TILE_BYTES;
         wait_copies<1>();
-        // The tile of two blocks before, in whose place this block's goes.
-        if (thread == 0 && stage % 2 == 0) wait_for_tile_read();
+        if (thread == 0) wait_for_tile_read();
         __syncthreads();
-#if LINEAR
-        if (stage) start_products(stage - 1);
-#endif
-        if (thread == 0 && stage && stage % 2 == 0) store_v(stage / 2 - 1);
         request(stage + 2);
 
         float x[2][8];
         unpack(load_shared(keys + own), x[0]);
         unpack(load_shared(keys + PART_BYTES + own), x[1]);
         const bool exists = first + TOKENS * stage < length;
-        const float rstd = ahead.rstd, factor = exists ? ahead.factor : 0.0f;
+        const float factor = exists ? ahead.factor : 0.0f;
 #if ROTATION
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            weigh_and_turn(x[half], weights[half], ahead.cos[half], ahead.sin[half]);
+            normalize_and_turn(x[half], ahead.rstd, weights[half], ahead.cos[half],
+                               ahead.sin[half]);
 #endif
         look_up(ahead, stage + 1);
         uint4 rounded;
-        rounded.x = to_int8(x[0], rstd, mean[0], factor);
-        rounded.y = to_int8(x[0] + 4, rstd, mean[0] + 4, factor);
-        rounded.z = to_int8(x[1], rstd, mean[1], factor);
-        rounded.w = to_int8(x[1] + 4, rstd, mean[1] + 4, factor);
+        rounded.x = to_int8(x[0], mean[0], factor), rounded.y = to_int8(x[0] + 4, mean[0] + 4, factor);
+        rounded.z = to_int8(x[1], mean[1], factor), rounded.w = to_int8(x[1] + 4, mean[1] + 4, factor);
         *(uint4 *)(k_int8 + (long long)stage * PART_BYTES) = rounded;
 #if LINEAR
-        take_features(x, rstd, exists);
+        take_features(x, exists);
         store_shared(keys + own, pack(x[0]));
         store_shared(keys + PART_BYTES + own, pack(x[1]));
 #endif
@@ -258,14 +231,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
             }
         }
         fence_async();
+        __syncthreads();
+        if (thread == 0 && stage & 1)
+            store_tile(v_fp8 + (long long)(stage / 2) * TILE_BYTES, v_tile);
 #if LINEAR
-        mma_wait<0>();  // of the stage before, in whose place the copy after next goes
+        mma_fence();
+#pragma unroll
+        for (int step = 0; step < TOKENS / 16; step++) {
+            const u64 a = descriptor(keys + lower * PART_BYTES + step * 2048, 1024);
+            const u64 b = descriptor(values + right * PART_BYTES + step * 2048, 1024);
+            multiply(products, a, b, stage + step);
+            add_tokens(sums, a, ones, stage + step);
+        }
+        mma_commit();
+        mma_wait<1>();  // of the stage before, in whose place the next copy goes
 #endif
     }
-    __syncthreads();
-    if (thread == 0) store_v(stages / 2 - 1);
 #if LINEAR
-    start_products(stages - 1);
     mma_wait<0>();
     const long long part = (long long)head_of_all * gridDim.x + blockIdx.x;
     const int state_row = 64 * lower + 16 * (warp & 3) + (lane >> 2);

@@ -2,28 +2,19 @@
 //
 //     branch = φ(q)·matrix / (φ(q)·normalizer + eps) + bias
 //
-// A warp takes 16 tokens of one head, a warpgroup a block of 64. A pair of warpgroups takes the same
-// tokens of two heads, and has the rotation's tables of its block in shared memory for both: read for
-// every head, they would be more than the queries themselves. A program has two pairs, which take
-// turns with the blocks. Lane 4g + t holds tokens g and g + 8, their chunks t, t + 4, t + 8 and t + 12:
+// A warp takes 16 tokens of one head, a warpgroup a block of 64; a program holds the matrices of
+// HEADS heads, whose warpgroups take the same tokens, so that they share the tables in the
+// first-level cache. Lane 4g + t holds tokens g and g + 8, their chunks t, t + 4, t + 8 and t + 12:
 // pairs to rotate lie in one lane, a token in four. Products do not depend on the order of channels:
 // rounded to bf16, what a lane holds is its operand of the product, if the matrix's rows are in the
 // same order, and its columns are in the order that gives a lane whole chunks of the result.
 // The normalizer is the matrix's last 8 columns, as the sum of two bf16 in neighbouring ones; φ(q)'s
 // scale divides out, so softmax needs no sum if eps has been added to the normalizer.
 
-constexpr int BLOCK = 64, HEADS = 2, AT_ONCE = 2;  // blocks
-constexpr int GROUPS = HEADS * AT_ONCE, PAIR_THREADS = 128 * HEADS, THREADS = 128 * GROUPS;
+constexpr int BLOCK = 64, GROUPS = 4, THREADS = 128 * GROUPS, BLOCKS_AT_ONCE = GROUPS / HEADS;
 constexpr int COLUMNS = HEAD_DIM + 8;
 constexpr u32 SLOT_BYTES = 16 * HEAD_DIM * 2, HALF_BYTES = COLUMNS * 128, MATRIX_BYTES = 2 * HALF_BYTES;
 constexpr u32 TILE_BYTES = BLOCK * HEAD_DIM, SUMS_BYTES = 2 * 4 * HEAD_DIM * 4;  // of a warpgroup
-constexpr u32 TABLE_BYTES = BLOCK * PAIRS * 4;  // of cos or sin, for a block
-
-// Where 16 rows of 256 bytes keep chunk `chunk` of 16 bytes: rows of 8 lanes that read at once, four
-// chunks in each of two, lie in different banks.
-DEVICE u32 place_in_rows(u32 row, u32 chunk) {
-    return row * 256 + ((chunk ^ (row & 1) << 2) << 4);
-}
 
 // d (64×136) = a (64×16 bf16, registers) · b (136×16 bf16, shared)ᵀ + d, or without d
 DEVICE void multiply(float (&d)[68], const u32 (&a)[4], u64 b, int add) {
@@ -39,9 +30,8 @@ DEVICE void multiply(float (&d)[68], const u32 (&a)[4], u64 b, int add) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 
-// Waits for the warpgroups that take the same tokens.
-DEVICE void wait_for_pair(int pair) {
-    asm volatile("bar.sync %0, %1;" ::"r"(pair + 1), "n"(PAIR_THREADS) : "memory");
+DEVICE void wait_for_warpgroup(int barrier) {
+    asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
 }
 
 DEVICE u32 select_half(u32 a, u32 b, int upper) { return __byte_perm(a, b, upper ? 0x7632 : 0x5410); }
@@ -99,12 +89,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
     long long q_batch, long long q_token, long long q_head) {
     extern __shared__ u8 memory[];
     const u32 matrices = (shared_address(memory) + 1023) & ~1023u;
-    const u32 slots = matrices + LINEAR * HEADS * MATRIX_BYTES;
-    const u32 all_tables = slots + 4 * GROUPS * SLOT_BYTES;
-    const u32 all_sums = all_tables + ROTATION * AT_ONCE * 2 * TABLE_BYTES;
+    const u32 ring = matrices + LINEAR * HEADS * MATRIX_BYTES;
+    const u32 all_sums = ring + 4 * GROUPS * STAGES * SLOT_BYTES;
     const u32 all_weights = all_sums + GROUPS * SUMS_BYTES, biases = all_weights + HEADS * 512;
-    const int thread = threadIdx.x, lane = thread & 31, warp = (thread >> 5) & 3;
-    const int group = __shfl_sync(ALL_LANES, thread >> 7, 0);  // known to be one for a warp
+    const int thread = threadIdx.x, lane = thread & 31, warp = (thread >> 5) & 3, group = thread >> 7;
     const int g = lane >> 2, t = lane & 3;
 
     const int first_head = blockIdx.y * HEADS;
@@ -138,67 +126,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
 #endif
     __syncthreads();
 
-    // Where the number of heads is odd, the last one is done twice.
-    const int head_of_all = min(first_head + group % HEADS, all_heads - 1), pair = group / HEADS;
-    const int head_of_program = head_of_all - first_head;
+    const int head_of_program = group % HEADS, head_of_all = first_head + head_of_program;
+    if (head_of_all >= all_heads) return;
     const int batch = head_of_all / heads, head = head_of_all % heads;
-    const int first_block = blockIdx.x * per_part + pair;
+    const int first_block = blockIdx.x * per_part + group / HEADS;
     const int last_block = min((blockIdx.x + 1) * per_part, blocks);
     const u32 weights = all_weights + head_of_program * 512;
     const u32 sums = all_sums + group * SUMS_BYTES;
-    const u32 slot = slots + (4 * group + warp) * SLOT_BYTES;
-    const u32 cosines = all_tables + pair * 2 * TABLE_BYTES, sines = cosines + TABLE_BYTES;
+    const u32 slots = ring + (4 * group + warp) * STAGES * SLOT_BYTES;
     const int own_token = 16 * warp + g;  // in a block; the other one is own_token + 8
-    q += batch * q_batch + head * q_head;
+    q += batch * q_batch + head * q_head + 8 * t;
     rstd += (long long)batch * length;
+    cos += 4 * t, sin += 4 * t;
 
-    auto request = [&](int block) {
+    auto request = [&](int block, int slot) {  // a lane reads what it has copied itself
         if (block < last_block) {
-            const int first = block * BLOCK + 16 * warp + (lane >> 4);
-            const u16 *source = q + first * q_token + 8 * (lane & 15);
-            const u32 target = slot + place_in_rows(lane >> 4, lane & 15);
-#pragma unroll
-            for (int n = 0; n < 8; n++) {
-                copy_chunk(target + 512 * n, source, first + 2 * n < length);
-                source += 2 * q_token;
-            }
-        }
-        commit_copies();
-    };
-    float ahead[2];
-    auto request_tables = [&](int block) {
-        if (block < last_block) {
-#if ROTATION
-            const int row = thread % PAIR_THREADS / 16, first = block * BLOCK + row;
-            const long long at = (long long)first * PAIRS + 4 * (thread & 15);
-            const u32 place = place_in_rows(row, thread & 15);
-#pragma unroll
-            for (int n = 0; n < BLOCK / 16; n++) {
-                const bool exists = first + 16 * n < length;
-                copy_chunk(cosines + place + 4096 * n, cos + at + 16 * n * PAIRS, exists);
-                copy_chunk(sines + place + 4096 * n, sin + at + 16 * n * PAIRS, exists);
-            }
-#endif
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const int token = block * BLOCK + own_token + 8 * r;
-                ahead[r] = token < length ? (ROTATION ? __ldg(rstd + token) : 1.0f) : 0.0f;
+                const bool exists = token < length;
+                const u16 *source = q + (exists ? token * q_token : 0);
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    copy_chunk(slots + slot * SLOT_BYTES + (2 * i + r) * 512 + lane * 16, source + 32 * i,
+                               exists);
             }
         }
         commit_copies();
     };
-    request(first_block);
-    request_tables(first_block);
+#pragma unroll
+    for (int n = 0; n < STAGES; n++) request(first_block + n * BLOCKS_AT_ONCE, n);
 
-    int parity = 0;
+    int slot = 0, parity = 0;
 #pragma unroll 1
-    for (int block = first_block; block < last_block; block += AT_ONCE) {
+    for (int block = first_block; block < last_block; block += BLOCKS_AT_ONCE) {
+        const u32 source = slots + slot * SLOT_BYTES;
         const int token = block * BLOCK + own_token;
         const long long place = (long long)head_of_all * blocks + block;
-        float x[2][4][8];  // still to be multiplied by the token's 1 / RMS
-        const float own_rstd[2] = {ahead[0], ahead[1]};
-        wait_copies<0>();
-        wait_for_pair(pair);
+        float x[2][4][8];
+        wait_copies<STAGES - 1>();
+#if ROTATION
+        float factor[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) factor[r] = token + 8 * r < length ? __ldg(rstd + token + 8 * r) : 0.0f;
+#endif
 #pragma unroll
         for (int i = 0; i < 4; i++) {
 #if ROTATION
@@ -207,11 +178,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
 #endif
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                unpack(load_shared(slot + place_in_rows(g + 8 * r, 4 * i + t)), x[r][i]);
+                unpack(load_shared(source + (2 * i + r) * 512 + lane * 16), x[r][i]);
 #if ROTATION
-                const u32 at = place_in_rows(own_token + 8 * r, 4 * i + t);
-                weigh_and_turn(x[r][i], w, load_shared_floats(cosines + at),
-                               load_shared_floats(sines + at));
+                const long long at = (long long)min(token + 8 * r, length - 1) * PAIRS + 16 * i;
+                normalize_and_turn(x[r][i], factor[r], w, __ldg((const float4 *)(cos + at)),
+                                   __ldg((const float4 *)(sin + at)));
 #endif
             }
         }
@@ -226,25 +197,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
                 u32 bits[4];
 #pragma unroll
                 for (int n = 0; n < 4; n++)
-                    bits[n] = __float_as_uint(fmaf(x[0][i][4 * half + n], own_rstd[0],
-                                                   x[1][i][4 * half + n] * own_rstd[1]));
-                store_shared(slot + g * 512 + 128 * i + 32 * t + 16 * (half ^ (g & 1)), bits[0],
+                    bits[n] = __float_as_uint(x[0][i][4 * half + n] + x[1][i][4 * half + n]);
+                store_shared(source + g * 512 + 128 * i + 32 * t + 16 * (half ^ (g & 1)), bits[0],
                              bits[1], bits[2], bits[3]);
             }
         __syncwarp();
         float total[4] = {};
 #pragma unroll
         for (int row = 0; row < 8; row++) {
-            const Chunk part = load_shared(slot + row * 512 + 16 * (lane ^ (row & 1)));
+            const Chunk part = load_shared(source + row * 512 + 16 * (lane ^ (row & 1)));
 #pragma unroll
             for (int n = 0; n < 4; n++) total[n] += __uint_as_float(part.pairs[n]);
         }
         __syncwarp();
-        request(block + AT_ONCE);
+        request(block + STAGES * BLOCKS_AT_ONCE, slot);
+        if (++slot == STAGES) slot = 0;
         store_shared(sums + parity * 2048 + warp * 512 + 16 * lane, __float_as_uint(total[0]),
                      __float_as_uint(total[1]), __float_as_uint(total[2]), __float_as_uint(total[3]));
 
-        float largest[2];  // of φ's argument, in base 2
+        float largest[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float amax = fabsf(x[r][0][0]);
@@ -256,30 +227,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
                     amax = fmaxf(amax, fabsf(x[r][i][n]));
                     largest[r] = fmaxf(largest[r], x[r][i][n]);
                 }
-            const float step = fmaxf(quad_max(amax) * own_rstd[r], 1e-8f) * (1.0f / 127.0f);
-            const float per_step = __fdividef(own_rstd[r], step);
-            largest[r] = quad_max(largest[r]) * (own_rstd[r] * LOG2_E);
+            const float step = fmaxf(quad_max(amax), 1e-8f) * (1.0f / 127.0f);
+            const float per_step = 1.0f / step;
+            largest[r] = quad_max(largest[r]);
             const int row = own_token + 8 * r;
             if (t == 0) q_scale[place * BLOCK + row] = step;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 uint4 rounded;
-                rounded.x = to_int8(x[r][i], per_step);
-                rounded.y = to_int8(x[r][i] + 4, per_step);
-                rounded.z = to_int8(x[r][i + 2], per_step);
-                rounded.w = to_int8(x[r][i + 2] + 4, per_step);
+                rounded.x = to_int8(x[r][i], nullptr, per_step);
+                rounded.y = to_int8(x[r][i] + 4, nullptr, per_step);
+                rounded.z = to_int8(x[r][i + 2], nullptr, per_step);
+                rounded.w = to_int8(x[r][i + 2] + 4, nullptr, per_step);
                 *(uint4 *)(q_int8 + place * TILE_BYTES + swizzled(row, t + 4 * i)) = rounded;
             }
         }
 
-        wait_for_pair(pair);  // sums are there, tables have been read
-        request_tables(block + AT_ONCE);
+        wait_for_warpgroup(group + 1);
         float sum = 0.0f;
 #pragma unroll
         for (int n = 0; n < 4; n++)
             sum += load_shared_float(sums + parity * 2048 + n * 512 + 4 * (thread & 127));
-        q_means[place * HEAD_DIM + (thread & 127)] =
-            __fdividef(sum, (float)min(BLOCK, length - block * BLOCK));
+        q_means[place * HEAD_DIM + (thread & 127)] = sum / min(BLOCK, length - block * BLOCK);
         parity ^= 1;
 
 #if LINEAR
@@ -291,8 +260,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
 #pragma unroll
                 for (int n = 0; n < 4; n++)
                     features[2 * i + (n >> 1)][2 * (n & 1) + r] =
-                        pack_bf16(feature(x[r][i][2 * n], own_rstd[r], largest[r]),
-                                  feature(x[r][i][2 * n + 1], own_rstd[r], largest[r]));
+                        pack_bf16(feature(x[r][i][2 * n], largest[r]),
+                                  feature(x[r][i][2 * n + 1], largest[r]));
         float d[68];
         mma_fence();
 #pragma unroll

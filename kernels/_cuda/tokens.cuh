@@ -46,20 +46,14 @@ DEVICE float load_shared_float(u32 address) {
     return value;
 }
 
-DEVICE float4 load_shared_floats(u32 address) {
-    float4 values;
-    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(values.x), "=f"(values.y), "=f"(values.z), "=f"(values.w)
-                 : "r"(address)
-                 : "memory");
-    return values;
-}
-
 // Eight floats.
 DEVICE void load_shared(u32 address, float (&values)[8]) {
-    const float4 low = load_shared_floats(address), high = load_shared_floats(address + 16);
-    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+    const Chunk low = load_shared(address), high = load_shared(address + 16);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        values[i] = __uint_as_float(low.pairs[i]);
+        values[4 + i] = __uint_as_float(high.pairs[i]);
+    }
 }
 
 #if WEIGHT == 2
@@ -86,52 +80,36 @@ DEVICE void load_weight(const Weight *at, float (&values)[8]) {
 #endif
 }
 
-// RMSNorm's weights times 8 channels, then the rotation of their 4 pairs by the token's angles. What is
-// left of RMSNorm, the token's 1 / RMS, is multiplied in where the result is used.
-DEVICE void weigh_and_turn(float (&x)[8], const float (&weight)[8], float4 cos, float4 sin) {
+// RMSNorm of 8 channels, then the rotation of their 4 pairs by the token's angles.
+DEVICE void normalize_and_turn(float (&x)[8], float rstd, const float (&weight)[8], float4 cos,
+                               float4 sin) {
     const float c[4] = {cos.x, cos.y, cos.z, cos.w}, s[4] = {sin.x, sin.y, sin.z, sin.w};
 #pragma unroll
     for (int p = 0; p < 4; p++) {
         const float even = x[2 * p] * weight[2 * p], odd = x[2 * p + 1] * weight[2 * p + 1];
-        x[2 * p] = fmaf(even, c[p], -odd * s[p]);
-        x[2 * p + 1] = fmaf(even, s[p], odd * c[p]);
+        const float own = c[p] * rstd, other = s[p] * rstd;
+        x[2 * p] = fmaf(even, own, -odd * other);
+        x[2 * p + 1] = fmaf(even, other, odd * own);
     }
 }
 
-// φ(x · rstd) before softmax's division; `largest` is that of its argument in base 2, which only
-// softmax reads.
-DEVICE float feature(float x, float rstd, float largest) {
+// φ before softmax's division; `largest` is the row's, which only softmax reads.
+DEVICE float feature(float x, float largest) {
 #if MAP == 0
-    return exp2_fast(fmaf(x, rstd * LOG2_E, -largest));
+    return exp2_fast((x - largest) * LOG2_E);
 #elif MAP == 1
-    x *= rstd;
     return x > 0.0f ? x + 1.0f : exp2_fast(x * LOG2_E);
 #else
-    return fmaxf(x * rstd, 0.0f);
+    return fmaxf(x, 0.0f);
 #endif
 }
 
-// Four integers of magnitude 127 at most, to which ROUNDING has been added.
-DEVICE u32 pack_int8(const float (&x)[4]) {
+// round_half_even((x − mean) · factor) of 4 values, which lie in −127 … 127.
+DEVICE u32 to_int8(const float *x, const float *mean, float factor) {
     u32 bits[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) bits[i] = __float_as_uint(x[i]);
+    for (int i = 0; i < 4; i++)
+        bits[i] = __float_as_uint(fmaf(mean ? x[i] - mean[i] : x[i], factor, ROUNDING));
     return __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040),
                        0x5410);
-}
-
-// round_half_even(x · factor) of 4 values.
-DEVICE u32 to_int8(const float *x, float factor) {
-    float rounded[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) rounded[i] = fmaf(x[i], factor, ROUNDING);
-    return pack_int8(rounded);
-}
-
-// round_half_even((x · rstd − mean) · factor) of 4 values.
-DEVICE u32 to_int8(const float *x, float rstd, const float *mean, float factor) {
-    float rounded[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) rounded[i] = fmaf(fmaf(x[i], rstd, -mean[i]), factor, ROUNDING);
-    return pack_int8(rounded);
 }

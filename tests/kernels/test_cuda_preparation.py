@@ -196,6 +196,16 @@ def test_the_linear_branch_is_its_definition(cuda, operands, shape, feature_map,
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_programs_of_several_heads_give_the_same_bits(cuda, operands, heads, device, monkeypatch):
+    *inputs, ready = prepared(cuda, operands, (2, 777, 3), True, "softmax", device)
+    monkeypatch.setattr(cuda, "QUERY_VARIANT", cuda.QueryVariant(heads, stages=1))
+    again = cuda.prepare(*inputs)
+    for name in ("q_int8", "q_scale", "q_means", "branch"):
+        assert torch.equal(getattr(again, name), getattr(ready, name)), name
+
+
+@pytest.mark.gpu
 def test_heads_do_not_depend_on_those_beside_them(cuda, operands, device):
     q, k, v, _, projected, ready = prepared(cuda, operands, (2, 777, 3), False, "softmax", device)
     for head in range(3):
