@@ -3,13 +3,15 @@
     python -m benchmarks.training --gpus 1 2 4 --work DIR --out results/
     python -m benchmarks.training --compile --work DIR --out results/
     python -m benchmarks.training --together 2 --gpus 2 8 --work DIR --out results/
+    python -m benchmarks.training --jobs rcm-dense rcm-jvp --work DIR --out results/
     python -m benchmarks.training --tiny --gpus 1 2 --work DIR --out DIR    # CPU, a few seconds
 
 A synthetic teacher (random weights) and synthetic clips of its size are written to `--work`. Each
 job is then started as a user starts it, `torchrun -m turbo_opt calibrate …`, and stopped when it
-has logged enough steps. With N GPUs, weights are sharded over all (FSDP2), and so many of them as
-`--together` says share the tokens of a clip (all up to four, unless told); each such group has a
-clip of its own.
+has logged enough steps. `sla` and `rcm` train sparse students, `rcm-dense` and `rcm-jvp` dense
+ones, the last by a forward-mode derivative in place of a difference. With N GPUs, weights are
+sharded over all (FSDP2), and so many of them as `--together` says share the tokens of a clip (all
+up to four, unless told); each such group has a clip of its own.
 
 The ceiling counts the floating-point operations that a step cannot do without (the teacher's
 forwards, the student's forward and backward, attention by the blocks that it keeps) at the rate of
@@ -54,12 +56,19 @@ from turbo_opt.calibration.data.samples import (
 _CLIPS = 16
 _TOPK = 0.1
 _PROMPT_TOKENS = 120
-_FORWARDS = {"sla": (1.0, 3.0), "rcm": (0.8, 6.3)}
-"""Of the dense teacher and of sparse networks, for a step's mean; one with its backward counts 3.
+_FORWARDS = {
+    "sla": (1.0, 3.0),
+    "rcm": (0.8, 6.3),
+    "rcm-dense": (7.1, 0.0),
+    "rcm-jvp": (7.1, 0.0),
+}
+"""Of dense and of sparse networks, for a step's mean; one with its backward counts 3.
 
 Of five steps of rcm, one is the student's: the guided teacher twice (4); the student at two times,
 in 0 to 3 steps of a rollout and at their end, two of these with a backward, and the fake score
-(9.5). Four are the fake score's: a rollout of 1 to 4 steps, and itself with a backward (5.5).
+(9.5). Four are the fake score's: a rollout of 1 to 4 steps, and itself with a backward (5.5). In
+`rcm` the student and the fake score are sparse. A forward-mode derivative, as in `rcm-jvp`, counts
+as the second time that it replaces.
 """
 _LONGEST = 240.0  # seconds for a job to log its steps
 _RESUMED_STEPS = 12
@@ -121,9 +130,10 @@ class Setup:
 
 def job(name: str, setup: Setup, work: Path, *, selective: bool = True) -> dict[str, Any]:
     """A job file's content."""
+    command, _, kind = name.partition("-")
     said: dict[str, Any] = {
         "schema_version": 1,
-        "job": name,
+        "job": command,
         "teacher": {"source": str(work / "teacher")},
         "data": {"folder": str(work / "clips"), "held_out": 0},
         "sla": {"topk": _TOPK, "block_q": 64, "block_k": 128},
@@ -137,9 +147,12 @@ def job(name: str, setup: Setup, work: Path, *, selective: bool = True) -> dict[
         "save": {"every": 1000},
         "log": {"every": 1},
     }
-    if name == "rcm":
-        # Differences, since neither sparse attention nor shared tokens have a forward derivative.
-        said["rcm"] = {"warm_up": 0, "forward": {"tangent": "difference"}}
+    if command == "rcm":
+        # Neither sparse attention, shared tokens nor compiled blocks have a forward derivative.
+        tangent = "jvp" if kind == "jvp" else "difference"
+        said["rcm"] = {"warm_up": 0, "forward": {"tangent": tangent}}
+    if kind:
+        del said["sla"]
     return said
 
 
@@ -198,7 +211,7 @@ def steps_of(
     shutil.rmtree(out, ignore_errors=True)  # the log of an earlier run is not this one's
     path.write_text(json.dumps(job(name, setup, work)), encoding="utf-8")  # JSON is YAML
     more = ("--device", "cpu") if tiny else ()
-    process = start(name, setup.gpus, path, out, *more)
+    process = start(name.partition("-")[0], setup.gpus, path, out, *more)
     deadline = time.monotonic() + longest
     try:
         while len(rows := read_log(out / "log.csv")) < steps:
@@ -234,7 +247,7 @@ def speed_record(
     tokens = frames * height * width // 4 * setup.clips
     skipped = 2  # they compile and tune
     seconds = step_seconds(rows)[skipped:]
-    around = 5 if name == "rcm" else 1
+    around = 1 if name == "sla" else 5
     rounds = [
         around * tokens / sum(seconds[first : first + around])
         for first in range(0, len(seconds) - around + 1, around)
@@ -255,7 +268,7 @@ def speed_record(
             "peak_gib": max(peaks, default=None),
             "seconds_per_step": tokens / value,
             "job": job(name, setup, Path("."))["training"],
-            "topk": _TOPK,
+            "topk": job(name, setup, Path(".")).get("sla", {}).get("topk"),
         },
         environment=session.environment,
         commit=results.current_commit(),
@@ -312,7 +325,7 @@ def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1])
-    parser.add_argument("--jobs", nargs="+", choices=sorted(_FORWARDS), default=sorted(_FORWARDS))
+    parser.add_argument("--jobs", nargs="+", choices=sorted(_FORWARDS), default=["rcm", "sla"])
     parser.add_argument("--steps", type=int, default=9, help="logged steps of each job")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=results.RESULTS)

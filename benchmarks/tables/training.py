@@ -27,6 +27,8 @@ _GUIDE = (
      "100 evaluations of the network a clip become 4"),
 )  # fmt: skip
 """What the training guide's commands do, and their numbers."""
+_DENSE = {"dense": "dense", "jvp": "dense, forward mode"}
+"""Students that are not sparse, by what their records are called."""
 _SCORED = ("teacher", "consistency", "rcm", "closed-form", "sla", "merged", "rcm-sla")
 
 
@@ -45,13 +47,17 @@ def training() -> str:
 def _speed(record: Record) -> tuple[str, str, str, int, int, str]:
     """What a row is sorted by, and the row."""
     _, model, job, gpus, _ = record.name.split("/")
-    what, said = job.split("-")[1], record.config["job"]
+    (_, command, *how), said = job.split("-"), record.config["job"]
+    what = next(
+        (f"`calibrate {command}`, {_DENSE[word]}" for word in how if word in _DENSE),
+        f"`calibrate {command}`",
+    )
     blocks = "compiled" if said.get("compile") else "as written"
     count, together = int(gpus.removesuffix("-gpus")), said["context_parallel"]
     share = record.share_of_ceiling
     spread = f" ± {record.spread:,.0f}" if record.runs > 1 else ", one reading"
     line = (
-        f"| {MODELS.get(model, model)} | `calibrate {what}` | {blocks} | {count} | {together} | "
+        f"| {MODELS.get(model, model)} | {what} | {blocks} | {count} | {together} | "
         f"{record.value:,.0f}{spread} | {'' if share is None else f'{share:.2f}'} | "
         f"{record.config['peak_gib']:.1f} GiB |"
     )

@@ -97,11 +97,15 @@ def test_training_has_a_row_for_each_number_of_gpus(results):
         replace(speed("calibrate-sla", 2, 9_000, 2, compile=False), runs=1),
         speed("calibrate-sla-compiled", 1, 20_000, 1, compile=True),
         speed("calibrate-sla-compiled-2-a-clip", 4, 70_000, 2, compile=True),
+        speed("calibrate-rcm-jvp", 1, 4_000, 1),
+        speed("calibrate-rcm-dense-compiled", 1, 6_000, 1, compile=True),
         record("h200/tiny-wan/calibrate-sla/resumed_loss_difference", 1e-7, "relative"),
     ]
     write(results / "training.json", records)
     common = ["0.34", "35.6 GiB"]
     assert [row[1:] for row in rows(tables.training())] == [
+        ["`calibrate rcm`, dense", "compiled", "1", "1", "6,000 ± 0", *common],
+        ["`calibrate rcm`, dense, forward mode", "as written", "1", "1", "4,000 ± 0", *common],
         ["`calibrate sla`", "as written", "1", "1", "12,774 ± 0", *common],
         ["`calibrate sla`", "as written", "2", "2", "9,000, one reading", *common],
         ["`calibrate sla`", "as written", "8", "4", "60,000 ± 0", *common],

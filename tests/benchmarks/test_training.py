@@ -41,6 +41,22 @@ def test_the_first_two_steps_do_not_count_and_the_median_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "topk", "tangent"),
+    [("rcm", 0.1, "difference"), ("rcm-dense", None, "difference"), ("rcm-jvp", None, "jvp")],
+)
+def test_students_of_rcm_are_sparse_or_dense(name: str, topk: float | None, tangent: str) -> None:
+    said = training.job(name, training.Setup(1), Path())
+    assert said["job"] == "rcm" and said["rcm"]["forward"]["tangent"] == tangent
+    assert said.get("sla", {}).get("topk") == topk
+    record = speed(name, [1.0, 1.0, *[2.0] * 5])
+    assert (record.runs, record.value) == (1, pytest.approx(32_760 / 2))
+    assert record.config["topk"] == topk
+    sparse, dense = (training.operations(CASES["1.3b"], each) for each in ("rcm", "rcm-dense"))
+    assert training.operations(CASES["1.3b"], name) == (sparse if topk else dense)
+    assert sparse < dense
+
+
+@pytest.mark.parametrize(
     ("group", "together", "clips", "label"), [(None, 4, 2, ""), (2, 2, 4, "-2-a-clip")]
 )
 def test_gpus_share_clips(group: int | None, together: int, clips: int, label: str) -> None:
