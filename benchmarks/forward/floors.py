@@ -38,8 +38,8 @@ class Computation:
 
     Attributes:
         scheme: of the operands of linear layers: "bf16", "int8-block" or "fp8-block".
-        attention: "dense", "sage" in 8 bits to all keys, "sla", or "sagesla"; the 8-bit forms with
-            P and v in fp8.
+        attention: "dense", "sage" in 8 bits to all keys, "sage-16bit" with P and v in 16 bits,
+            "sla", or "sagesla".
         topk: share of the key blocks that sparse attention keeps.
         block_k: tokens of a key block.
         padding_once: cross-attention computes one key for all of the padding.
@@ -121,6 +121,7 @@ def _moved_bytes_per_value(computation: Computation) -> int:
         "dense": 2 * (2 + 2),  # q and k, normalized and turned
         # Normalized and turned, then k's mean and v's maxima, then the three in 8 bits.
         "sage": 2 * (2 + 2) + 2 * 2 + 3 * (2 + 1),
+        "sage-16bit": 2 * (2 + 2) + 2 + 2 * (2 + 1),  # v as it is
         "sla": 2 * (2 + 2) + 2,  # and v read for the state, in k's pass
         # 8-bit q in one pass; k's mean and v's maxima are known after a pass of their own.
         "sagesla": (2 + 1) + 2 * (2 + 2 + 1),
@@ -154,7 +155,12 @@ def measured_rates(case: Case, session: Session) -> Rates:
     eight_bits = eight_bit_matmul(session)
     return Rates(
         {"bf16": session.bf16_matmul, **session.library_matmul},
-        {"sla": session.bf16_matmul, "sage": eight_bits, "sagesla": eight_bits},
+        {
+            "sla": session.bf16_matmul,
+            "sage": eight_bits,
+            "sage-16bit": eight_bit_matmul(session, "16bit"),
+            "sagesla": eight_bits,
+        },
         Ceiling(operations / timing.ms / 1e9, "TFLOP/s", "the library's dense attention"),
         session.copy,
     )

@@ -109,7 +109,7 @@ RIVALS: Sequence[Rival] = (
     Rival("torchao-fp8", "torchao", _in_fp8, None, Computation("fp8-block")),
     Rival(
         "torchao-fp8-sageattention", "sageattention", _as_it_is, _sage,
-        Computation("fp8-block", "sage"),
+        Computation("fp8-block", "sage-16bit"),
     ),
 )  # fmt: skip
 """In the order in which they run: each keeps what those before it have changed."""

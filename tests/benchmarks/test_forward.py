@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.forward import CASES, PIPELINES, Bench, Case, rivals
 from benchmarks.forward.floors import Computation, Rates, Work, floor
-from benchmarks.forward.rivals import Rival, attending_as
+from benchmarks.forward.rivals import RIVALS, Rival, attending_as
 from benchmarks.forward.run import run
 from benchmarks.kernels._harness import Session
 from benchmarks.results import Ceiling, read
@@ -106,7 +106,12 @@ def rates(**changed: float) -> Rates:
 
     return Rates(
         {"bf16": rate("bf16"), "fp8-block": rate("fp8"), "int8-block": rate("int8")},
-        {"sla": rate("bf16"), "sage": rate("int8_and_fp8"), "sagesla": rate("int8_and_fp8")},
+        {
+            "sla": rate("bf16"),
+            "sage": rate("int8_and_fp8"),
+            "sage-16bit": rate("int8_and_bf16"),
+            "sagesla": rate("int8_and_fp8"),
+        },
         rate("library"),
         Ceiling(changed.get("copy", 1.0), "GB/s", "copy"),
     )
@@ -128,6 +133,15 @@ def test_a_floor_adds_its_parts_over_blocks_and_forwards() -> None:
     assert least.value == pytest.approx(3 * sum(PARTS.values()), rel=1e-12)
     assert least.unit == "ms"
     assert floor(TOY, SPARSE, rates(), forwards=4).value == pytest.approx(4 * least.value)
+
+
+def test_attention_of_the_package_multiplies_p_and_v_in_16_bits() -> None:
+    (rival,) = (each for each in RIVALS if each.package == "sageattention")
+    least = floor(TOY, rival.computation, rates()).value
+    attention = 4 * TOY.tokens**2 * TOY.channels / 1e9
+    for kind, saved in (("int8_and_bf16", attention / 2), ("int8_and_fp8", 0.0)):
+        quicker = floor(TOY, rival.computation, rates(**{kind: 2.0})).value
+        assert least - quicker == pytest.approx(3 * saved, abs=1e-12), kind
 
 
 @pytest.mark.parametrize("part", PARTS)
