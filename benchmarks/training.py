@@ -9,9 +9,9 @@
 A synthetic teacher (random weights) and synthetic clips of its size are written to `--work`. Each
 job is then started as a user starts it, `torchrun -m turbo_opt calibrate …`, and stopped when it
 has logged enough steps. `sla` and `rcm` train sparse students, `rcm-dense` and `rcm-jvp` dense
-ones, the last by a forward-mode derivative in place of a difference. With N GPUs, weights are
-sharded over all (FSDP2), and so many of them as `--together` says share the tokens of a clip (all
-up to four, unless told); each such group has a clip of its own.
+ones, the last by a forward-mode derivative in place of a difference, on one GPU. With N GPUs,
+weights are sharded over all (FSDP2), and so many of them as `--together` says share the tokens of a
+clip (all up to four, unless told); each such group has a clip of its own.
 
 The ceiling counts the floating-point operations that a step cannot do without (the teacher's
 forwards, the student's forward and backward, attention by the blocks that it keeps) at the rate of
@@ -170,8 +170,8 @@ def operations(case: Case, name: str) -> float:
     linear = 2.0 * config["num_layers"] * layer
     attention = 4.0 * config["num_layers"] * length * channels
     dense, sparse = linear + attention, linear + _TOPK * attention
-    teachers, others = _FORWARDS[name]
-    return teachers * dense + others * sparse
+    dense_forwards, sparse_forwards = _FORWARDS[name]
+    return dense_forwards * dense + sparse_forwards * sparse
 
 
 def step_seconds(rows: Sequence[dict[str, str]]) -> list[float]:
@@ -337,6 +337,10 @@ def main() -> None:
     group = options.together
     if group is not None and (group < 1 or any(gpus % group for gpus in options.gpus)):
         parser.error(f"--together {group} does not divide each of --gpus {options.gpus}")
+    if "rcm-jvp" in options.jobs and (options.compile or max(options.gpus) > 1):
+        parser.error(
+            "--jobs rcm-jvp: a forward-mode derivative takes blocks as written, on one GPU"
+        )
     if options.steps < 10:
         parser.error(f"--steps {options.steps}: a round of rcm is five, and the first is not timed")
     if options.resume and (group is not None or options.compile):

@@ -27,8 +27,8 @@ _GUIDE = (
      "100 evaluations of the network a clip become 4"),
 )  # fmt: skip
 """What the training guide's commands do, and their numbers."""
-_DENSE = {"dense": "dense", "jvp": "dense, forward mode"}
-"""Students that are not sparse, by what their records are called."""
+_DENSE_STUDENTS = {"dense": "dense", "jvp": "dense, forward mode"}
+"""By a word in the names of their records."""
 _SCORED = ("teacher", "consistency", "rcm", "closed-form", "sla", "merged", "rcm-sla")
 
 
@@ -47,11 +47,9 @@ def training() -> str:
 def _speed(record: Record) -> tuple[str, str, str, int, int, str]:
     """What a row is sorted by, and the row."""
     _, model, job, gpus, _ = record.name.split("/")
-    (_, command, *how), said = job.split("-"), record.config["job"]
-    what = next(
-        (f"`calibrate {command}`, {_DENSE[word]}" for word in how if word in _DENSE),
-        f"`calibrate {command}`",
-    )
+    (_, command, *words), said = job.split("-"), record.config["job"]
+    student = [_DENSE_STUDENTS[word] for word in words if word in _DENSE_STUDENTS]
+    what = ", ".join([f"`calibrate {command}`", *student])
     blocks = "compiled" if said.get("compile") else "as written"
     count, together = int(gpus.removesuffix("-gpus")), said["context_parallel"]
     share = record.share_of_ceiling

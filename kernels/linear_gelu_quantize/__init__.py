@@ -71,7 +71,7 @@ def prefer(capability: Capability, call: BlockLinearCall, names: Sequence[str]) 
     if call.scheme != "int8-block":
         return names
     first = "composed" if capability.is_cpu else "triton"
-    return [first, *(name for name in names if name != first)]
+    return sorted(names, key=lambda name: name != first)
 
 
 LINEAR_GELU_QUANTIZE = Operator(

@@ -29,7 +29,8 @@ HEAD_DIMS = (64, 128)
 _SAGEATTN_DEVICES = ("sm80", "sm86", "sm89", "sm90", "sm120")
 _FEWEST_KEYS = 8192
 """Of `sageattention`: its release 1 sums a softmax over whole blocks of 64, in which a key beyond
-the last has the score 0. Here these are less than 0.8 % of all.
+the last has the score 0. From here on these are less than 0.8 % of all. Whole blocks, which a
+call's description does not tell, and later releases are refused with the rest.
 Source: github.com/thu-ml/SageAttention, attn_qk_int8_per_block.py of 1.0.6."""
 
 

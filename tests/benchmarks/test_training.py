@@ -76,6 +76,8 @@ def test_gpus_share_clips(group: int | None, together: int, clips: int, label: s
         ),
         (["--together", "0"], "--together 0 does not divide each of --gpus [1]"),
         (["--together", "-1"], "--together -1 does not divide each of --gpus [1]"),
+        (["--jobs", "rcm-jvp", "--compile"], "--jobs rcm-jvp: a forward-mode derivative takes"),
+        (["--jobs", "rcm-jvp", "--gpus", "1", "2"], "takes blocks as written, on one GPU"),
         (["--steps", "9"], "--steps 9: a round of rcm is five, and the first is not timed"),
         (["--resume", "--compile"], "--resume has blocks as written"),
         (["--resume", "--together", "1"], "--resume has blocks as written"),

@@ -67,10 +67,16 @@ def test_the_operator_is_sound(device):
 
 
 @pytest.mark.parametrize(
-    ("device", "provider"), [("sm90", "triton"), ("sm89", "triton"), ("sm80", "reference")]
+    ("device", "dtype", "provider"),
+    [
+        ("sm90", torch.bfloat16, "cuda"),
+        ("sm90", torch.float16, "triton"),
+        ("sm89", torch.bfloat16, "triton"),
+        ("sm80", torch.float16, "reference"),
+    ],
 )
-def test_who_serves(device, provider):
-    arguments = problem(torch.float16, torch.device("cpu"), starts=[1], keys=2, queries=2)
+def test_who_serves(device, dtype, provider):
+    arguments = problem(dtype, torch.device("cpu"), starts=[1], keys=2, queries=2)
     assert choose("padded_attention_quantize", device, *arguments, None, SCHEME) == provider
 
 
