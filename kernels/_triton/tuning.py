@@ -7,6 +7,7 @@ on disk (see `tuning_file`), so later processes do not measure again.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Hashable, Sequence
@@ -23,6 +24,7 @@ AUTOTUNE_VARIABLE = "TURBO_OPT_AUTOTUNE"  # "0": always take the first configura
 WARMUP_LAUNCHES = 3
 TIMED_LAUNCHES = 10
 
+_log = logging.getLogger(__name__)
 _NOT_COMPILED = "PassManager::run failed"  # what Triton's compiler says of itself
 
 Config = TypeVar("Config")
@@ -82,9 +84,10 @@ def _milliseconds(launch: Callable[[], object]) -> float:
     except (OutOfResources, PTXASError):
         return math.inf
     except RuntimeError as error:
-        if _NOT_COMPILED in str(error):
-            return math.inf
-        raise
+        if _NOT_COMPILED not in str(error):
+            raise
+        _log.warning("Triton does not compile a configuration, which is left out: %s", error)
+        return math.inf
     times = []
     for _ in range(TIMED_LAUNCHES):
         start = torch.cuda.Event(enable_timing=True)

@@ -244,10 +244,11 @@ def test_a_kernel_is_tuned_once_for_all_processes(monkeypatch, tmp_path):
     assert tuning.measured_configurations() == first
 
 
-def test_what_does_not_compile_is_no_configuration_and_other_errors_are_not_hidden():
+def test_what_does_not_compile_is_left_out_aloud_and_other_errors_are_not_hidden(caplog):
     def fails(message):
         raise RuntimeError(message)
 
     assert tuning._milliseconds(lambda: fails("PassManager::run failed")) == math.inf
+    assert "does not compile a configuration, which is left out" in caplog.text
     with pytest.raises(RuntimeError, match="an illegal memory access"):
         tuning._milliseconds(lambda: fails("an illegal memory access was encountered"))
