@@ -30,7 +30,7 @@ FEATURE_MAP = "softmax"
 LEAST_SQNR_DB = 80.0  # of float32 that is measured
 # Of what is rounded to 8 bits, where ties may differ, or multiplied in bfloat16.
 LEAST_ROUNDED_SQNR_DB = 40.0
-ROUNDED = ("k_int8", "v_fp8", "q_int8", "state", "key_sum", "branch")
+ROUNDED = ("turns", "k_int8", "v_fp8", "q_int8", "state", "key_sum", "branch")
 # What lies at each place of a row: channels of an int8 tile (kernels/_cuda/tokens.cuh), tokens of
 # v's (prepare_keys.cu).
 CHANNEL_ORDER = [
@@ -52,6 +52,7 @@ class Operands(NamedTuple):
     k_weight: Tensor
     cos: Tensor  # (1, L, 1, 64)
     sin: Tensor
+    turns: Tensor  # (L, 64) int32: cos and sin as measure_rms packs them
     q_rstd: Tensor  # (B, L)
     k_rstd: Tensor
     k_mean: Tensor  # (B·H, 128)
@@ -110,7 +111,7 @@ def operands(heads: int, tokens: int, device: torch.device) -> Operands:
     state, key_sum = _state(turned, v)
     proj_weight = torch.randn(HEAD_DIM, HEAD_DIM, device=device) / HEAD_DIM**0.5
     return Operands(
-        q, k, v, q_weight, k_weight, cos, sin, _rstd(q), k_rstd,
+        q, k, v, q_weight, k_weight, cos, sin, _packed(cos, sin), _rstd(q), k_rstd,
         k_mean=mean.flatten(0, 2),
         k_scale=_in_blocks((turned - mean).abs(), BLOCK_K).amax((-2, -1)).clamp_min(1e-8) / 127,
         v_scale=v.float().abs().amax(2).flatten(0, 1).clamp_min(1e-8) / 448,
@@ -125,6 +126,12 @@ def operands(heads: int, tokens: int, device: torch.device) -> Operands:
         q_means=new(1, heads, queries, HEAD_DIM),
         branch=new(1, tokens, heads, HEAD_DIM, dtype=q.dtype),
     )  # fmt: skip
+
+
+def _packed(cos: Tensor, sin: Tensor) -> Tensor:
+    """Both in 16 bits, as kernels/_cuda/tokens.cuh reads them."""
+    low, high = ((16384 + 16383 * x).round().int() | 1 << 15 for x in (cos, sin))
+    return (low | high << 16).view(-1, HEAD_DIM // 2)
 
 
 def read_back(tiles: Tensor, order: list[int]) -> Tensor:
@@ -175,7 +182,7 @@ def _state(k_BHLD: Tensor, v_BHLD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _defined_rms(o: Operands) -> Results:
-    return {"q_rstd": _rstd(o.q), "k_rstd": _rstd(o.k)}
+    return {"q_rstd": _rstd(o.q), "k_rstd": _rstd(o.k), "turns": _packed(o.cos, o.sin)}
 
 
 def _defined_measures(o: Operands) -> Results:
@@ -220,13 +227,14 @@ def _defined_queries(o: Operands) -> Results:
 def _launched_rms(o: Operands) -> Results:
     from turbo_opt.kernels._cuda import prepare
 
-    return dict(zip(("q_rstd", "k_rstd"), prepare.measure_rms(o.q, o.k, EPS), strict=True))
+    results = prepare.measure_rms(o.q, o.k, o.cos, o.sin, EPS)
+    return dict(zip(("q_rstd", "k_rstd", "turns"), results, strict=True))
 
 
 def _launched_measures(o: Operands) -> Results:
     from turbo_opt.kernels._cuda import prepare
 
-    tables = prepare._Tables(o.k_rstd, o.k_weight, o.cos, o.sin)
+    tables = prepare._Tables(o.k_rstd, o.k_weight, o.turns)
     results = prepare.measure_keys(o.k, o.v, tables)
     return dict(zip(("k_means", "k_bounds", "v_amax"), results, strict=True))
 
@@ -235,7 +243,7 @@ def _launched_keys(o: Operands) -> Results:
     from turbo_opt.kernels._cuda import prepare
     from turbo_opt.kernels._triton.attention.operands import Projection
 
-    tables = prepare._Tables(o.k_rstd, o.k_weight, o.cos, o.sin)
+    tables = prepare._Tables(o.k_rstd, o.k_weight, o.turns)
     # The kernel alone, without Triton's that sums the states of its programs.
     with patch.object(prepare, "finish_linear", lambda state, key_sum, *_: (state, key_sum)):
         parts = prepare.prepare_keys(
@@ -250,7 +258,7 @@ def _launched_queries(o: Operands) -> Results:
     from turbo_opt.kernels._cuda import prepare
     from turbo_opt.kernels._triton.attention.operands import Projection
 
-    tables = prepare._Tables(o.q_rstd, o.q_weight, o.cos, o.sin)
+    tables = prepare._Tables(o.q_rstd, o.q_weight, o.turns)
     prepare.prepare_queries(
         o.q, tables, prepare._Linear(o.matrix, o.normalizer),
         Projection(o.proj_weight, o.bias, FEATURE_MAP), o.q_int8, o.q_scale, o.q_means, o.branch,
@@ -259,19 +267,19 @@ def _launched_queries(o: Operands) -> Results:
 
 
 PARTS = (
-    Part("measure_rms", ("q", "k"), _defined_rms, _launched_rms),
+    Part("measure_rms", ("q", "k", "cos", "sin"), _defined_rms, _launched_rms),
     Part(
-        "measure_keys", ("k", "v", "k_rstd", "k_weight", "cos", "sin"),
+        "measure_keys", ("k", "v", "k_rstd", "k_weight", "turns"),
         _defined_measures, _launched_measures,
     ),
     Part(
         "prepare_keys",
-        ("k", "v", "k_rstd", "k_weight", "cos", "sin", "k_mean", "k_scale", "v_scale"),
+        ("k", "v", "k_rstd", "k_weight", "turns", "k_mean", "k_scale", "v_scale"),
         _defined_keys, _launched_keys,
     ),
     Part(
         "prepare_queries",
-        ("q", "q_rstd", "q_weight", "cos", "sin", "matrix", "normalizer", "bias"),
+        ("q", "q_rstd", "q_weight", "turns", "matrix", "normalizer", "bias"),
         _defined_queries, _launched_queries,
     ),
 )  # fmt: skip

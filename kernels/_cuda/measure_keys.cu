@@ -11,13 +11,17 @@ DEVICE void store_floats(float *at, const float (&values)[8]) {
     ((float4 *)at)[1] = make_float4(values[4], values[5], values[6], values[7]);
 }
 
+DEVICE Chunk load_table(const u32 *at) {
+    const uint4 words = __ldg((const uint4 *)at);
+    return {words.x, words.y, words.z, words.w};
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 6) measure_keys(
     const u16 *k,          // head h of token t of batch b at b·k_batch + t·k_token + h·k_head
     const u16 *v,          // as k
     const float *rstd,     // (B, L)
     const Weight *weight,  // (H·128,), or null
-    const float *cos,      // (L, 64), or null: k is used as it is
-    const float *sin,
+    const u32 *turns,      // (L, 64) of measure_rms.cu, or null: k is used as it is
     float *k_means,   // (B·H, NK, 128)
     float *k_bounds,  // (2, B·H, NK, 128): least and largest
     float *v_amax,    // (B·H, NK, 128)
@@ -50,8 +54,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 6) measure_keys(
     float weights[8];
     load_weight(weight + head * HEAD_DIM + channel, weights);
     rstd += (long long)batch * length + first;
-    cos += (long long)first * PAIRS + channel / 2;
-    sin += (long long)first * PAIRS + channel / 2;
+    turns += (long long)first * PAIRS + channel / 2;
     float sum[8], least[8], most[8];
     u32 v_most[4] = {};
 #pragma unroll
@@ -72,8 +75,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 6) measure_keys(
             float x[8];
             unpack(load_shared(source + 1024 * n), x);
 #if ROTATION
-            normalize_and_turn(x, rstd[token], weights, __ldg((const float4 *)(cos + token * PAIRS)),
-                               __ldg((const float4 *)(sin + token * PAIRS)));
+            normalize_and_turn(x, rstd[token], weights, load_table(turns + token * PAIRS));
 #endif
 #pragma unroll
             for (int i = 0; i < 8; i++) {

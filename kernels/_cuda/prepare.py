@@ -19,19 +19,17 @@ from .sparse_attention import BLOCK_K, BLOCK_Q, HEAD_DIM
 _ALIGNMENT = 1024  # of tiles in shared memory
 _MEASURING_WARPS = 4  # of a program of measure_keys, a head each
 _RMS_WARPS = 8  # of a program of measure_rms, a row each
-_THREADS = 512  # of a program of prepare_keys and prepare_queries
-_KEY_STAGES = 4  # prepare_keys.cu's ring: 64 tokens of k and v in bf16 each
-_WARPGROUPS = 4  # of a program of prepare_queries
-
-
-class QueryVariant(NamedTuple):
-    """How many heads a program of prepare_queries takes; how many tiles a warp has in flight."""
-
-    heads: int
-    stages: int
-
-
-QUERY_VARIANT = QueryVariant(heads=1, stages=1)
+# Of prepare_keys and prepare_queries: warpgroups that prepare tokens, beside the one that
+# multiplies; how many tokens of a lane are on their way; registers of a thread.
+_PRODUCERS, _ROWS_AHEAD = 3, 2
+_PIPELINE = {
+    "PRODUCERS": _PRODUCERS,
+    "ROWS_AHEAD": _ROWS_AHEAD,
+    "PRODUCER_REGISTERS": 112,
+    "CONSUMER_REGISTERS": 168,
+}
+_THREADS = 128 * (_PRODUCERS + 1)
+_QUERY_SLOTS, _KEY_SLOTS = 6, 4  # what they exchange through: φ of 64 tokens, with k's also v
 
 
 def prepare(
@@ -56,12 +54,12 @@ def prepare(
         return torch.empty(shape, dtype=dtype, device=q.device)
 
     q, k, v = (_aligned(x) for x in (q, k, v))
-    q_tables = k_tables = _Tables(None, None, None, None)
+    q_tables = k_tables = _Tables(None, None, None)
     if rotation is not None:
-        q_rstd, k_rstd = measure_rms(q, k, rotation.eps)
         cos, sin = (_on_16_bytes(table.contiguous()) for table in (rotation.cos, rotation.sin))
-        q_tables = _Tables(q_rstd, rotation.q_weight, cos, sin)
-        k_tables = _Tables(k_rstd, rotation.k_weight, cos, sin)
+        q_rstd, k_rstd, turns = measure_rms(q, k, cos, sin, rotation.eps)
+        q_tables = _Tables(q_rstd, rotation.q_weight, turns)
+        k_tables = _Tables(k_rstd, rotation.k_weight, turns)
     k_means, k_bounds, v_amax = measure_keys(k, v, k_tables)
     k_mean, v_scale = finish_means(k_means, v_amax, length, BLOCK_K)
     k_scale = finish_scales(k_mean, k_bounds)
@@ -81,34 +79,47 @@ class _Tables(NamedTuple):
 
     rstd: torch.Tensor | None  # (B, L)
     weight: torch.Tensor | None  # (H·128,)
-    cos: torch.Tensor | None  # (1, L, 1, 64), contiguous
-    sin: torch.Tensor | None
+    turns: torch.Tensor | None  # (L, 64) int32, as measure_rms packs cos and sin
 
     def defines(self) -> dict[str, int]:
         codes = {torch.float32: 1, torch.bfloat16: 2}
         weight = 0 if self.weight is None else codes[self.weight.dtype]
-        return {"ROTATION": int(self.cos is not None), "WEIGHT": weight}
+        return {"ROTATION": int(self.turns is not None), "WEIGHT": weight}
 
     def arguments(self) -> tuple[torch.Tensor | None, ...]:
         weight = None if self.weight is None else _on_16_bytes(self.weight.contiguous())
-        return self.rstd, weight, self.cos, self.sin
+        return self.rstd, weight, self.turns
+
+    def ring_bytes(self) -> int:
+        """Shared memory that prepare_keys and prepare_queries need for rows on their way."""
+        row = 2 * 512 if self.turns is None else 4 * 512 + 128  # tokens.cuh's ROWS_BYTES
+        return 4 * _PRODUCERS * _ROWS_AHEAD * row
 
 
-def measure_rms(q: torch.Tensor, k: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """1 / root mean square over all heads of each token of q and of k, (B, L) float32 each."""
+def measure_rms(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What normalizes and rotates q and k.
+
+    Returns:
+        1 / root mean square over all heads of each token of q and of k, (B, L) float32 each, and
+        `cos` and `sin` (1, L, 1, 64), within −1 … 1, in steps of 1/16383 as tokens.cuh reads them,
+        (L, 64) int32: half of the bytes, as every head reads them again.
+    """
     check_heads_together(q, k)
     batch, heads, length, _ = q.shape
     rstd = torch.empty((2, batch, length), dtype=torch.float32, device=q.device)
+    turns = torch.empty((length, HEAD_DIM // 2), dtype=torch.int32, device=q.device)
     kernel = load_kernel(
         "common.cuh+measure_rms.cu", "measure_rms", "sm_90a", q.device.index,
         (("CHANNELS", heads * HEAD_DIM),),
     )  # fmt: skip
     kernel.launch(
         (-(-2 * batch * length // _RMS_WARPS),), 32 * _RMS_WARPS,
-        q, k, rstd, eps, batch, length,
+        q, k, cos, sin, rstd, turns, eps, batch, length,
         Long(q.stride(0)), Long(q.stride(2)), Long(k.stride(0)), Long(k.stride(2)),
     )  # fmt: skip
-    return rstd[0], rstd[1]
+    return rstd[0], rstd[1], turns
 
 
 def measure_keys(
@@ -154,9 +165,13 @@ def prepare_keys(
     if projection:
         state = k_mean.new_empty((all_heads, parts, HEAD_DIM, HEAD_DIM))
         key_sum = k_mean.new_empty((all_heads, parts, HEAD_DIM))
-    ring = _KEY_STAGES * 64 * 2 * HEAD_DIM * 2
-    shared_bytes = _ALIGNMENT + ring + BLOCK_K * HEAD_DIM + 512
-    _load("prepare_keys", k, {**tables.defines(), **_branch(projection)}, shared_bytes).launch(
+    defines = {**_PIPELINE, "SLOTS": _KEY_SLOTS}
+    tiles = _KEY_SLOTS * 2 * 64 * 2 * HEAD_DIM + 2 * BLOCK_K * HEAD_DIM
+    small = 512 + 4 * HEAD_DIM + 16 * _KEY_SLOTS + 512 * _PRODUCERS + 16
+    shared_bytes = _ALIGNMENT + tiles + small + tables.ring_bytes()
+    _load(
+        "prepare_keys", k, {**tables.defines(), **_branch(projection), **defines}, shared_bytes
+    ).launch(
         (parts, all_heads), _THREADS,
         k, v, *tables.arguments(), k_mean, k_scale, v_scale, k_int8, v_fp8, state, key_sum,
         length, heads, blocks, per_part, *_strides(k), *_strides(v),
@@ -176,29 +191,24 @@ def prepare_queries(
     q_scale: torch.Tensor,
     q_means: torch.Tensor,
     branch: torch.Tensor | None,
-    variant: QueryVariant | None = None,
 ) -> None:
     """Write the tiles, their scales, the block means and, with a projection, `branch`."""
-    chosen = variant or QUERY_VARIANT
     heads, length = q.shape[1:3]
     all_heads, blocks = q_scale.shape[:2]
-    groups = -(-all_heads // chosen.heads)
-    at_once = _WARPGROUPS // chosen.heads
-    steps, parts = _parts(-(-blocks // at_once), groups, multiprocessors(q.device))
-    defines = {"HEADS": chosen.heads, "STAGES": chosen.stages}
-    matrices = chosen.heads * 2 * (HEAD_DIM + 8) * 128 if linear else 0
-    ring = 4 * _WARPGROUPS * chosen.stages * 16 * HEAD_DIM * 2
-    sums = _WARPGROUPS * 2 * 4 * HEAD_DIM * 4
-    shared_bytes = _ALIGNMENT + matrices + ring + sums + (chosen.heads + 1) * HEAD_DIM * 4
+    per_part, parts = _parts(blocks, all_heads, multiprocessors(q.device))
+    defines = {**_PIPELINE, "SLOTS": _QUERY_SLOTS}
+    multiplied = 2 * (HEAD_DIM + 8) * 128 + _QUERY_SLOTS * BLOCK_Q * HEAD_DIM * 2 if linear else 0
+    small = _QUERY_SLOTS * (4 * HEAD_DIM * 4 + 16) + 16
+    shared_bytes = _ALIGNMENT + multiplied + small + tables.ring_bytes()
     bias = None
     if projection is not None and projection.bias is not None:
         bias = projection.bias.float().contiguous()
     _load(
         "prepare_queries", q, {**tables.defines(), **_branch(projection), **defines}, shared_bytes
     ).launch(
-        (parts, groups), _THREADS,
+        (parts, all_heads), _THREADS,
         q, *tables.arguments(), *(linear or (None, None)), bias, q_int8, q_scale, q_means, branch,
-        NORMALIZER_EPS * HEAD_DIM / length, length, heads, all_heads, blocks, steps * at_once,
+        NORMALIZER_EPS * HEAD_DIM / length, length, heads, blocks, per_part,
         *_strides(q),
     )  # fmt: skip
 
@@ -219,11 +229,11 @@ def _load(name: str, x: torch.Tensor, defines: dict[str, int], shared_bytes: int
 def _parts(blocks: int, heads: int, programs: int) -> tuple[int, int]:
     """How many consecutive blocks of a head a program takes, and how many programs that makes.
 
-    `programs` run at a time; each costs about as much as one more block to start and to end.
+    `programs` run at a time; each costs about as much as three more blocks to start and to end.
     """
 
     def cost(parts: int) -> int:
-        return -(-heads * parts // programs) * (-(-blocks // parts) + 1)
+        return -(-heads * parts // programs) * (-(-blocks // parts) + 3)
 
     best = min(range(1, min(blocks, 4 * programs) + 1), key=cost)
     per_part = -(-blocks // best)

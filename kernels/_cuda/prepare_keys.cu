@@ -1,16 +1,17 @@
 // int8 tiles of smoothed keys, e4m3 tiles of values, and the state of the linear branch, φ(k)ᵀv and
 // Σφ(k), for Hopper (sm_90a). Tiles lie as sparse_attention.cu wants them.
 //
-// A program takes `per_part` consecutive blocks of one head, 64 tokens at a time. They arrive in
+// A program takes `per_part` consecutive blocks of one head in stages of 64 tokens. Its first
+// warpgroups take a stage each, 8 lanes a token: they store k's tile, and leave φ(k) and v in a slot of
 // shared memory in the layout of the tensor cores' operands, channels along rows of 128 bytes
-// (swizzled): k's and v's lower and upper 64 channels. A thread reads the two chunks of k that it has
-// copied itself, 8 lanes a token, and puts φ(k) in their place; v is multiplied as it is. Four
-// warpgroups hold a quarter of the state each, and multiply while they prepare the next tokens.
-// Σφ(k) is a product with ones, so that it sums the φ(k) that φ(k)ᵀv sums, rounded to bf16.
+// (swizzled, lower and upper 64 channels apart). The last warpgroup holds the state: it multiplies the
+// slots in turn, meanwhile transposes v and stores its tiles. Σφ(k) is a product with ones, so that it
+// sums the φ(k) that φ(k)ᵀv sums, rounded to bf16.
 
-constexpr int BLOCK = 128, THREADS = 512, TOKENS = 64, STAGES = 4;
-constexpr u32 PART_BYTES = TOKENS * 128, STAGE_BYTES = 4 * PART_BYTES, TILE_BYTES = BLOCK * HEAD_DIM;
+constexpr int BLOCK = 128, THREADS = 128 * (PRODUCERS + 1), TOKENS = 64, PASSES = 4;
+constexpr u32 PART_BYTES = TOKENS * 128, SLOT_BYTES = 4 * PART_BYTES, TILE_BYTES = BLOCK * HEAD_DIM;
 constexpr u32 ONES_BYTES = 512;
+static_assert(ROWS_AHEAD <= 2, "v has to be there when the last pass begins");
 
 // Four 8×8 matrices of bf16, transposed: lane l gives the address of row l % 8 of matrix l / 8.
 DEVICE void load_transposed(u32 (&m)[4], u32 address) {
@@ -27,18 +28,21 @@ DEVICE void store_tile(void *target, u32 source) {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
+DEVICE void wait_for_warpgroup(int barrier) {
+    asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+}
+
 DEVICE void wait_for_tile_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 DEVICE void wait_for_tile_store() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// d (64×64) = a (64×16) · b (16×64) + d, or without d; both bf16 in shared memory, tokens as rows
-DEVICE void multiply(float (&d)[32], u64 a, u64 b, int add) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-        "%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, add, 1, 1, 1, 1;\n}\n"
-        : R8("+f", 0), R8("+f", 8), R8("+f", 16), R8("+f", 24)
-        : "l"(a), "l"(b), "r"(add));
+// d (64×128) = a (64×16) · b (16×128) + d, or without d; both bf16 in shared memory, tokens as rows
+DEVICE void multiply(float (&d)[64], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " NAMES64
+                 ", %64, %65, add, 1, 1, 1, 1;\n}\n"
+                 : R8("+f", 0), R8("+f", 8), R8("+f", 16), R8("+f", 24), R8("+f", 32), R8("+f", 40),
+                   R8("+f", 48), R8("+f", 56)
+                 : "l"(a), "l"(b), "r"(add));
 }
 
 // d (64×8) = a (64×16, as above) · ones (16×8, in any order) + d, or without d
@@ -51,37 +55,16 @@ DEVICE void add_tokens(float (&d)[4], u64 a, u32 ones, int add) {
                  : "l"(a), "l"(b), "r"(add));
 }
 
-// Over the 8 lanes of a token.
-DEVICE float token_max(float x) {
-#pragma unroll
-    for (int lanes = 4; lanes; lanes >>= 1) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, lanes));
-    return x;
-}
-
-DEVICE float token_sum(float x) {
-#pragma unroll
-    for (int lanes = 4; lanes; lanes >>= 1) x += __shfl_xor_sync(ALL_LANES, x, lanes);
-    return x;
-}
-
 // φ of a token's 16 channels in this lane; 0 if the token does not exist.
 DEVICE void take_features(float (&x)[2][8], bool exists) {
-    float factor = exists ? 1.0f : 0.0f, largest = 0.0f;
-#if MAP == 0
-    largest = fmaxf(x[0][0], x[1][0]);
-#pragma unroll
-    for (int i = 1; i < 8; i++) largest = fmaxf(largest, fmaxf(x[0][i], x[1][i]));
-    largest = token_max(largest);
-    float sums[2] = {};
-#endif
+    keep_in_range(x, largest_magnitude(x));
+    float factor = exists ? 1.0f : 0.0f, sums[2] = {};
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            x[half][i] = feature(x[half][i], largest);
-#if MAP == 0
-            sums[half] += x[half][i];
-#endif
+            x[half][i] = feature(x[half][i]);
+            if (MAP == 0) sums[half] += x[half][i];
         }
 #if MAP == 0
     factor = __fdividef(factor, token_sum(sums[0] + sums[1]));
@@ -92,18 +75,12 @@ DEVICE void take_features(float (&x)[2][8], bool exists) {
         for (int i = 0; i < 8; i++) x[half][i] *= factor;
 }
 
-struct Token {  // what a thread will need of the token it prepares next
-    float4 cos[2], sin[2];
-    float rstd, factor;  // factor: 1 / k_scale
-};
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
     const u16 *k,          // head h of token t of batch b at b·k_batch + t·k_token + h·k_head
     const u16 *v,          // as k
     const float *rstd,     // (B, L)
     const Weight *weight,  // (H·128,), or null
-    const float *cos,      // (L, 64), or null: k is used as it is
-    const float *sin,
+    const u32 *turns,      // (L, 64) of measure_rms.cu, or null: k is used as it is
     const float *k_mean,   // (B·H, 128)
     const float *k_scale,  // (B·H, NK)
     const float *v_scale,  // (B·H, 128)
@@ -115,151 +92,190 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
     long long k_batch, long long k_token, long long k_head,
     long long v_batch, long long v_token, long long v_head) {
     extern __shared__ u8 memory[];
-    const u32 ring = (shared_address(memory) + 1023) & ~1023u;
-    const u32 v_tile = ring + STAGES * STAGE_BYTES, ones = v_tile + TILE_BYTES;
-    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+    const u32 slots = (shared_address(memory) + 1023) & ~1023u;
+    const u32 tiles = slots + SLOTS * SLOT_BYTES, ones = tiles + 2 * TILE_BYTES;
+    const u32 factors = ones + ONES_BYTES;  // 1 / v_scale
+    const u32 full = factors + 4 * HEAD_DIM, empty = full + 8 * SLOTS;
+    const u32 all_scales = empty + 8 * SLOTS;  // of a lane each
+    const u32 rings = (all_scales + PRODUCERS * 512 + 15) & ~15u;
+    const int thread = threadIdx.x, lane = thread & 31, warp = (thread >> 5) & 3, group = thread >> 7;
     const int head_of_all = blockIdx.y, batch = head_of_all / heads, head = head_of_all % heads;
     const int first_block = blockIdx.x * per_part;
     const int stages = 2 * (min(first_block + per_part, blocks) - first_block);
-    const int row = thread >> 3, piece = thread & 7;  // channels 8·piece … and 64 + 8·piece …
-    const u32 own = swizzled(row, piece);
-    const int first = first_block * BLOCK + row;  // this thread's token of stage 0
-    k += batch * k_batch + head * k_head + 8 * piece;
-    v += batch * v_batch + head * v_head + 8 * piece;
 
-    auto request = [&](int stage) {
-        if (stage < stages) {
-            const int token = first + TOKENS * stage;
-            const bool exists = token < length;
-            const u32 target = ring + stage % STAGES * STAGE_BYTES + own;
-            const u16 *key = k + (exists ? token * k_token : 0);
-            const u16 *value = v + (exists ? token * v_token : 0);
-            copy_chunk(target, key, exists);
-            copy_chunk(target + PART_BYTES, key + 64, exists);
-            copy_chunk(target + 2 * PART_BYTES, value, exists);
-            copy_chunk(target + 3 * PART_BYTES, value + 64, exists);
+    if (thread == 0) {
+        for (int slot = 0; slot < SLOTS; slot++) {
+            barrier_init(full + 8 * slot, 4);
+            barrier_init(empty + 8 * slot, 4);
         }
-        commit_copies();
-    };
-    request(0);
-    request(1);
-
-    rstd += (long long)batch * length;
-    cos += 4 * piece, sin += 4 * piece;
-    k_scale += (long long)head_of_all * blocks + first_block;
-    auto look_up = [&](Token &ahead, int stage) {
-        const int token = first + TOKENS * stage;
-        ahead.rstd = 0.0f;
-        if (stage >= stages) return;
-        ahead.factor = __fdividef(1.0f, __ldg(k_scale + stage / 2));
-#if ROTATION
-        if (token >= length) return;
-        ahead.rstd = __ldg(rstd + token);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const long long at = (long long)token * PAIRS + 32 * half;
-            ahead.cos[half] = __ldg((const float4 *)(cos + at));
-            ahead.sin[half] = __ldg((const float4 *)(sin + at));
-        }
-#endif
-    };
-    Token ahead = {};
-    look_up(ahead, 0);
-
-    float weights[2][8], mean[2][8];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        load_weight(weight + head * HEAD_DIM + 64 * half + 8 * piece, weights[half]);
-        load_floats(k_mean + head_of_all * HEAD_DIM + 64 * half + 8 * piece, mean[half]);
+        barriers_are_initialized();
     }
-    const int v_channel = 8 * warp + (lane >> 2);  // of this thread's part of the transposed tile
-    const float v_factor = 1.0f / v_scale[head_of_all * HEAD_DIM + v_channel];
-    const long long tile = ((long long)head_of_all * blocks + first_block) * TILE_BYTES;
-    k_int8 += tile + own;
-    v_fp8 += tile;
+    if (thread < HEAD_DIM) {
+        const float factor = 1.0f / v_scale[head_of_all * HEAD_DIM + thread];
+        store_shared(factors + 4 * thread, __float_as_uint(factor));
+    }
 #if LINEAR
     if (thread < ONES_BYTES / 16)
         store_shared(ones + 16 * thread, 0x3F803F80u, 0x3F803F80u, 0x3F803F80u, 0x3F803F80u);
-    const int group = warp >> 2, lower = group & 1, right = group >> 1;  // quarter of the state
-    float products[32], sums[4];  // set by the first product
+    fence_async();
 #endif
+    __syncthreads();
 
+    const long long first_tile = ((long long)head_of_all * blocks + first_block) * TILE_BYTES;
+    if (group < PRODUCERS) {
+        give_registers<PRODUCER_REGISTERS>();
+        const int piece = lane & 7, own_row = 16 * warp + (lane >> 3);  // and 4, 8, 12 after it
+        const u32 even_row = swizzled(own_row, piece), odd_row = even_row ^ 64;
+        const int first_token = first_block * BLOCK + group * TOKENS + own_row;
+        const u32 k_stride = k_token, v_stride = v_token;
+        k += batch * k_batch + head * k_head + 8 * piece + first_token * (u64)k_stride;
+        v += batch * v_batch + head * v_head + 8 * piece + first_token * (u64)v_stride;
+        rstd += (long long)batch * length + first_token;
+        turns += (u64)(u32)first_token * PAIRS + 4 * piece;
+        k_scale += (long long)head_of_all * blocks + first_block;
+        k_int8 += first_tile + group * PART_BYTES;
+        int rest = length - first_token;  // tokens from this lane's first one on
+        auto place = [&](int pass) { return (pass & 1 ? odd_row : even_row) + 512 * pass; };
+        const u32 ring = rings + (4 * group + warp) * ROWS_AHEAD * ROWS_BYTES;
+        const u32 scale = all_scales + 512 * group + 128 * warp + 4 * lane;
+        auto request = [&](int later, int pass, int n) {
+            const int offset = later * PRODUCERS * TOKENS + 4 * pass;
+            copy_row(ring + pass % ROWS_AHEAD * ROWS_BYTES, lane, k + offset * (u64)k_stride,
+                     turns + offset * PAIRS, rstd + offset, offset < rest);
+            if (pass == 0) copy_word(scale, k_scale + n / 2, n < stages);
+            commit_copies();
+        };
+#pragma unroll
+        for (int pass = 0; pass < ROWS_AHEAD; pass++) request(0, pass, group);
+        float mean[2][8], weights[2][8];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            load_floats(k_mean + head_of_all * HEAD_DIM + 64 * half + 8 * piece, mean[half]);
+#pragma unroll
+            for (int i = 0; i < 8; i++) mean[half][i] *= UNIT;
+        }
+        load_weights(weight + head * HEAD_DIM + 8 * piece, weights);
+        int slot = group, parity = 1;
 #pragma unroll 1
-    for (int stage = 0; stage < stages; stage++) {
-        const u32 keys = ring + stage % STAGES * STAGE_BYTES, values = keys + 2 * PART_BYTES;
-        wait_copies<1>();
-        if (thread == 0) wait_for_tile_read();
-        __syncthreads();
-        request(stage + 2);
-
-        float x[2][8];
-        unpack(load_shared(keys + own), x[0]);
-        unpack(load_shared(keys + PART_BYTES + own), x[1]);
-        const bool exists = first + TOKENS * stage < length;
-        const float factor = exists ? ahead.factor : 0.0f;
-#if ROTATION
+        for (int n = group; n < stages; n += PRODUCERS) {
+            const u32 keys = slots + slot * SLOT_BYTES, values = keys + 2 * PART_BYTES;
+            barrier_wait(empty + 8 * slot, parity);
+            float per_step;
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-            normalize_and_turn(x[half], ahead.rstd, weights[half], ahead.cos[half],
-                               ahead.sin[half]);
-#endif
-        look_up(ahead, stage + 1);
-        uint4 rounded;
-        rounded.x = to_int8(x[0], mean[0], factor), rounded.y = to_int8(x[0] + 4, mean[0] + 4, factor);
-        rounded.z = to_int8(x[1], mean[1], factor), rounded.w = to_int8(x[1] + 4, mean[1] + 4, factor);
-        *(uint4 *)(k_int8 + (long long)stage * PART_BYTES) = rounded;
+            for (int pass = 0; pass < PASSES; pass++) {
+                const bool exists = 4 * pass < rest;
+                const u32 own = place(pass);
+                float x[2][8];
+                wait_copies<ROWS_AHEAD - 1>();
+                if (pass == 0) per_step = __fdividef(1.0f / UNIT, load_shared_float(scale));
+                read_row(x, ring + pass % ROWS_AHEAD * ROWS_BYTES, lane, weights, mean);
+                if (pass < 2)  // half of v each: it is there when the last pass begins
+#pragma unroll
+                    for (int other = 2 * pass; other < 2 * pass + 2; other++) {
+                        const u32 target = values + place(other);
+                        const u16 *value = v + 4 * other * (u64)v_stride;
+                        copy_chunk(target, value, 4 * other < rest);
+                        copy_chunk(target + PART_BYTES, value + 64, 4 * other < rest);
+                    }
+                request(pass + ROWS_AHEAD >= PASSES, (pass + ROWS_AHEAD) % PASSES, n + PRODUCERS);
+                const float factor = exists ? per_step : 0.0f;
+                uint4 rounded;
+                rounded.x = to_int8(x[0], factor), rounded.y = to_int8(x[0] + 4, factor);
+                rounded.z = to_int8(x[1], factor), rounded.w = to_int8(x[1] + 4, factor);
+                *(uint4 *)(k_int8 + own) = rounded;
 #if LINEAR
-        take_features(x, exists);
-        store_shared(keys + own, pack(x[0]));
-        store_shared(keys + PART_BYTES + own, pack(x[1]));
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+#pragma unroll
+                    for (int i = 0; i < 8; i++) x[half][i] += mean[half][i];
+                take_features(x, exists);
+                store_shared(keys + own, pack(x[0]));
+                store_shared(keys + PART_BYTES + own, pack(x[1]));
 #endif
-        // 8 channels a warp, 32 tokens at a time; a thread's four words are tokens 2t, 2t + 1 and
-        // 8 + 2t, 8 + 2t + 1 of two groups of 16, which sparse_attention.cu wants together.
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            u32 m[4];
-            load_transposed(m, values + (warp >> 3) * PART_BYTES + swizzled(32 * n + lane, warp & 7));
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const u32 low = m[2 * i], high = m[2 * i + 1];
-                const u32 word = pack_e4m3(__uint_as_float(low << 16) * v_factor,
-                                           __uint_as_float(low & 0xFFFF0000u) * v_factor,
-                                           __uint_as_float(high << 16) * v_factor,
-                                           __uint_as_float(high & 0xFFFF0000u) * v_factor);
-                const u32 at = swizzled(v_channel, 4 * (stage & 1) + 2 * n + i) + 4 * (lane & 3);
-                store_shared(v_tile + at, word);
             }
+            fence_async();
+            __syncwarp();
+            if (lane == 0) barrier_arrive(full + 8 * slot);
+            k += PRODUCERS * TOKENS * (u64)k_stride, v += PRODUCERS * TOKENS * (u64)v_stride;
+            turns += PRODUCERS * TOKENS * PAIRS, rstd += PRODUCERS * TOKENS, rest -= PRODUCERS * TOKENS;
+            k_int8 += PRODUCERS * PART_BYTES;
+            slot += PRODUCERS;
+            if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
         }
-        fence_async();
-        __syncthreads();
-        if (thread == 0 && stage & 1)
-            store_tile(v_fp8 + (long long)(stage / 2) * TILE_BYTES, v_tile);
+    } else {
+        take_registers<CONSUMER_REGISTERS>();
+        const bool stores = (thread & 127) == 0;
+        v_fp8 += first_tile;
 #if LINEAR
-        mma_fence();
+        float lower[64], upper[64], lower_sums[4], upper_sums[4];  // set by the first products
+#endif
+        int slot = 0, parity = 0;
+#pragma unroll 1
+        for (int n = 0; n < stages; n++) {
+            barrier_wait(full + 8 * slot, parity);
+            const u32 keys = slots + slot * SLOT_BYTES, tile = tiles + (n >> 1 & 1) * TILE_BYTES;
+#if LINEAR
+            mma_fence();
 #pragma unroll
-        for (int step = 0; step < TOKENS / 16; step++) {
-            const u64 a = descriptor(keys + lower * PART_BYTES + step * 2048, 1024);
-            const u64 b = descriptor(values + right * PART_BYTES + step * 2048, 1024);
-            multiply(products, a, b, stage + step);
-            add_tokens(sums, a, ones, stage + step);
+            for (int step = 0; step < TOKENS / 16; step++) {
+                const u32 at = keys + 2048 * step;
+                const u64 a = descriptor(at), other_a = descriptor(at + PART_BYTES);
+                const u64 b = descriptor(at + 2 * PART_BYTES, PART_BYTES);
+                multiply(lower, a, b, n + step);
+                multiply(upper, other_a, b, n + step);
+                add_tokens(lower_sums, a, ones, n + step);
+                add_tokens(upper_sums, other_a, ones, n + step);
+            }
+            mma_commit();
+#endif
+            // A warp transposes 16 tokens, 16 channels at a time; a lane's two words are tokens 2t,
+            // 2t + 1, 8 + 2t and 8 + 2t + 1, which sparse_attention.cu wants together.
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                u32 m[4];
+                load_transposed(m, keys + (2 + (j >> 2)) * PART_BYTES +
+                                       swizzled(16 * warp + (lane & 15), 2 * (j & 3) + (lane >> 4)));
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int channel = 8 * (2 * j + i) + (lane >> 2);
+                    const float factor = load_shared_float(factors + 4 * channel);
+                    const u32 low = m[2 * i], high = m[2 * i + 1];
+                    const u32 word = pack_e4m3(__uint_as_float(low << 16) * factor,
+                                               __uint_as_float(low & 0xFFFF0000u) * factor,
+                                               __uint_as_float(high << 16) * factor,
+                                               __uint_as_float(high & 0xFFFF0000u) * factor);
+                    store_shared(tile + swizzled(channel, 4 * (n & 1) + warp) + 4 * (lane & 3), word);
+                }
+            }
+#if LINEAR
+            mma_wait<0>();
+#endif
+            __syncwarp();
+            if (lane == 0) barrier_arrive(empty + 8 * slot);
+            if (n & 1) {  // the tile is whole, and the other one, if it has been read, can be written
+                fence_async();
+                if (stores) wait_for_tile_read();
+                wait_for_warpgroup(1);
+                if (stores) store_tile(v_fp8 + n / 2 * (u64)TILE_BYTES, tile);
+            }
+            if (++slot == SLOTS) slot = 0, parity ^= 1;
         }
-        mma_commit();
-        mma_wait<1>();  // of the stage before, in whose place the next copy goes
-#endif
-    }
 #if LINEAR
-    mma_wait<0>();
-    const long long part = (long long)head_of_all * gridDim.x + blockIdx.x;
-    const int state_row = 64 * lower + 16 * (warp & 3) + (lane >> 2);
-    float *target = state + (part * HEAD_DIM + state_row) * HEAD_DIM + 64 * right + 2 * (lane & 3);
+        const long long part = (long long)head_of_all * gridDim.x + blockIdx.x;
+        const int state_row = 16 * warp + (lane >> 2);
+        float *target = state + (part * HEAD_DIM + state_row) * HEAD_DIM + 2 * (lane & 3);
 #pragma unroll
-    for (int i = 0; i < 16; i++)
-        *(float2 *)(target + 8 * (i >> 1) + 8 * HEAD_DIM * (i & 1)) =
-            make_float2(products[2 * i], products[2 * i + 1]);
-    if (right == 0 && (lane & 3) == 0) {
-        key_sum[part * HEAD_DIM + state_row] = sums[0];
-        key_sum[part * HEAD_DIM + state_row + 8] = sums[2];
-    }
+        for (int i = 0; i < 32; i++) {
+            float *at = target + 8 * (i >> 1) + 8 * HEAD_DIM * (i & 1);
+            *(float2 *)at = make_float2(lower[2 * i], lower[2 * i + 1]);
+            *(float2 *)(at + 64 * HEAD_DIM) = make_float2(upper[2 * i], upper[2 * i + 1]);
+        }
+        if ((lane & 3) == 0) {
+            float *sums = key_sum + part * HEAD_DIM + state_row;
+            sums[0] = lower_sums[0], sums[8] = lower_sums[2];
+            sums[64] = upper_sums[0], sums[72] = upper_sums[2];
+        }
 #endif
-    if (thread == 0) wait_for_tile_store();
+        if (stores) wait_for_tile_store();
+    }
 }

@@ -10,6 +10,7 @@
 constexpr int HEAD_DIM = 128, PAIRS = 64;
 constexpr u32 ALL_LANES = 0xffffffffu;
 constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float UNIT = MAP == 0 ? LOG2_E : 1.0f;  // of k and q in registers: softmax takes 2 to them
 constexpr float ROUNDING = 12582912.0f;  // 1.5·2²³: adding it leaves the integer in the low bits
 
 // Where a row of 128 bytes keeps its 16-byte chunk, in sm90's swizzle of that width.
@@ -80,23 +81,108 @@ DEVICE void load_weight(const Weight *at, float (&values)[8]) {
 #endif
 }
 
-// RMSNorm of 8 channels, then the rotation of their 4 pairs by the token's angles.
-DEVICE void normalize_and_turn(float (&x)[8], float rstd, const float (&weight)[8], float4 cos,
-                               float4 sin) {
-    const float c[4] = {cos.x, cos.y, cos.z, cos.w}, s[4] = {sin.x, sin.y, sin.z, sin.w};
+// RMSNorm of 8 channels, then the rotation of their 4 pairs by the token's angles, less `mean`.
+//
+// A word of `turns` is a pair's cosine in the lower half and its sine in the upper, both rounded to
+// 16384 + 16383·x with the highest bit set, as measure_rms.cu packs them. With 0x3F above and zeros
+// below, a half is a float F in 1 … 2, of which x is F · 32768 / 16383 − 49152 / 16383.
+DEVICE void normalize_and_turn(float (&x)[8], float rstd, const float (&weight)[8],
+                               const Chunk &turns, const float *mean = nullptr) {
+    const float scale = rstd * (32768.0f / 16383.0f), offset = rstd * (-49152.0f / 16383.0f);
 #pragma unroll
     for (int p = 0; p < 4; p++) {
+        const u32 word = turns.pairs[p];
         const float even = x[2 * p] * weight[2 * p], odd = x[2 * p + 1] * weight[2 * p + 1];
-        const float own = c[p] * rstd, other = s[p] * rstd;
-        x[2 * p] = fmaf(even, own, -odd * other);
-        x[2 * p + 1] = fmaf(even, other, odd * own);
+        const float cos = fmaf(__uint_as_float(__byte_perm(word, 0x3F000000u, 0x7104)), scale, offset);
+        const float sin = fmaf(__uint_as_float(__byte_perm(word, 0x3F000000u, 0x7324)), scale, offset);
+        x[2 * p] = fmaf(even, cos, mean ? fmaf(-odd, sin, -mean[2 * p]) : -odd * sin);
+        x[2 * p + 1] = fmaf(even, sin, mean ? fmaf(odd, cos, -mean[2 * p + 1]) : odd * cos);
     }
 }
 
-// φ before softmax's division; `largest` is the row's, which only softmax reads.
-DEVICE float feature(float x, float largest) {
+DEVICE void copy_word(u32 target, const void *source, bool exists) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source),
+                 "r"(exists ? 4 : 0)
+                 : "memory");
+}
+
+// Where 4 tokens of a warp arrive, 8 lanes a token: of lane 8t + `piece`, chunks `piece` and `piece` + 8
+// of k or q, as many of the tables, and the norm. A lane reads what it has copied itself.
+constexpr u32 ROWS_BYTES = ROTATION ? 4 * 512 + 128 : 2 * 512;
+
+// Zeros, of which the rest becomes finite numbers times zero, if the token does not exist.
+DEVICE void copy_row(u32 target, int lane, const u16 *x, const u32 *turns, const float *rstd,
+                     bool exists) {
+    const u32 own = target + 16 * lane;
+    copy_chunk(own, x, exists);
+    copy_chunk(own + 512, x + 64, exists);
+#if ROTATION
+    copy_chunk(own + 1024, turns, exists);
+    copy_chunk(own + 1536, turns + 32, exists);
+    copy_word(target + 2048 + 4 * lane, rstd, exists);
+#endif
+}
+
+// The copied channels times UNIT, normalized and rotated by weights that have it, less `mean`.
+DEVICE void read_row(float (&x)[2][8], u32 source, int lane, const float (&weights)[2][8],
+                     const float (*mean)[8] = nullptr) {
+    const u32 own = source + 16 * lane;
+#if ROTATION
+    const float rstd = load_shared_float(source + 2048 + 4 * lane);
+#endif
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        unpack(load_shared(own + 512 * half), x[half]);
+#if ROTATION
+        normalize_and_turn(x[half], rstd, weights[half], load_shared(own + 1024 + 512 * half),
+                           mean ? mean[half] : nullptr);
+#else
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            x[half][i] = fmaf(x[half][i], UNIT, mean ? -mean[half][i] : 0.0f);
+#endif
+    }
+}
+
+// RMSNorm's weights of a lane's channels, times UNIT.
+DEVICE void load_weights(const Weight *at, float (&values)[2][8]) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        load_weight(at + 64 * half, values[half]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[half][i] *= UNIT;
+    }
+}
+
+// Of a lane's channels.
+DEVICE float largest_magnitude(const float (&x)[2][8]) {
+    float largest[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        largest[half] = fmaxf(fabsf(x[half][0]), fabsf(x[half][1]));
+#pragma unroll
+        for (int i = 2; i < 8; i++) largest[half] = fmaxf(largest[half], fabsf(x[half][i]));
+    }
+    return fmaxf(largest[0], largest[1]);
+}
+
+// Over the 8 lanes of a token.
+DEVICE float token_max(float x) {
+#pragma unroll
+    for (int lanes = 4; lanes; lanes >>= 1) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, lanes));
+    return x;
+}
+
+DEVICE float token_sum(float x) {
+#pragma unroll
+    for (int lanes = 4; lanes; lanes >>= 1) x += __shfl_xor_sync(ALL_LANES, x, lanes);
+    return x;
+}
+
+// φ of a channel times UNIT, before softmax's division.
+DEVICE float feature(float x) {
 #if MAP == 0
-    return exp2_fast((x - largest) * LOG2_E);
+    return exp2_fast(x);
 #elif MAP == 1
     return x > 0.0f ? x + 1.0f : exp2_fast(x * LOG2_E);
 #else
@@ -104,12 +190,28 @@ DEVICE float feature(float x, float largest) {
 #endif
 }
 
-// round_half_even((x − mean) · factor) of 4 values, which lie in −127 … 127.
-DEVICE u32 to_int8(const float *x, const float *mean, float factor) {
+// Softmax does not change if a token's largest channel is subtracted from all: done only where powers
+// of two may become so large that their products overflow. `magnitude` is the lane's or the token's.
+DEVICE void keep_in_range(float (&x)[2][8], float magnitude) {
+    if (MAP == 0 && __any_sync(ALL_LANES, magnitude > 40.0f)) {
+        float largest = x[0][0];
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) largest = fmaxf(largest, x[half][i]);
+        largest = token_max(largest);
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) x[half][i] -= largest;
+    }
+}
+
+// round_half_even(x · factor) of 4 values, which lie in −127 … 127.
+DEVICE u32 to_int8(const float *x, float factor) {
     u32 bits[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        bits[i] = __float_as_uint(fmaf(mean ? x[i] - mean[i] : x[i], factor, ROUNDING));
+    for (int i = 0; i < 4; i++) bits[i] = __float_as_uint(fmaf(x[i], factor, ROUNDING));
     return __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040),
                        0x5410);
 }

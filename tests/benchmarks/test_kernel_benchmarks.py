@@ -68,17 +68,18 @@ def test_where_preparation_cannot_run_its_bytes_are_said_and_nothing_is_recorded
     assert (session.records, session.failures) == ([], [])
     first, *others = capsys.readouterr().out.splitlines()
     assert first.startswith("left out, as they are written for sm90 and this is cpu: measure_rms, ")
-    assert len(others) == 8 and "measure_rms/32760x1536 would move 201.5 MB" in others
+    assert len(others) == 8 and "measure_rms/32760x1536 would move 226.7 MB" in others
 
 
 def test_preparation_moves_the_bytes_counted_by_hand():
     made = preparation.operands(2, 200, CPU)
     one, state = 2 * 200 * 128 * 2, 2 * 128 * 128  # bytes of q; elements of a head's matrix
     k_tile, q_tile = 2 * 2 * 128 * 128, 2 * 4 * 64 * 128  # bytes in 8 bits, with padding
-    tables = 200 * 4 + 2 * 128 * 4 + 2 * 200 * 64 * 4  # rstd, RMSNorm's weights, cos and sin
+    turns = 200 * 64 * 4  # cos and sin in 16 bits
+    tables = 200 * 4 + 2 * 128 * 4 + turns  # rstd, RMSNorm's weights
     head = 2 * 128 * 4  # a float32 for each channel
     assert {part.name: part.moved_bytes(made) for part in preparation.PARTS} == {
-        "measure_rms": 2 * one + 2 * 200 * 4,
+        "measure_rms": 2 * one + 2 * 200 * 4 + 3 * turns,
         "measure_keys": 2 * one + tables + 4 * 2 * head,
         "prepare_keys": 2 * one + tables + 2 * head + 2 * 2 * 4 + 2 * k_tile + 4 * state + head,
         "prepare_queries": one + tables + 2 * state + head + 128 * 4

@@ -20,6 +20,7 @@ from tests.kernels.kernel_checks import relative_error
 from turbo_opt.kernels import capability_of
 
 BLOCK_Q, BLOCK_K, HEAD_DIM, EPS = 64, 128, 128, 1e-6
+TABLE_ERROR = 0.5 / 16383  # of the cosines and sines that the kernels read
 SHAPES = [(1, 1, 2), (1, 129, 1), (2, 777, 3), (1, 2000, 4)]  # batch, length, heads
 
 
@@ -160,11 +161,12 @@ def test_tiles_stand_for_q_k_and_v(cuda, operands, shape, turned, device):
         back = dequantized(tiles, step)
         steps = step.double().reshape(*q.shape[:2], -1, 1)
         assert (back[:, :, length:] == 0).all()
-        # Half a step of rounding, and a little of float32.
-        assert ((back[:, :, :length] - exact).abs() <= steps[:, :, :length] * 0.51 + 1e-6).all()
+        # Half a step of rounding, a little of float32, and the tables' rounding of 127 steps.
+        assert ((back[:, :, :length] - exact).abs() <= steps[:, :, :length] * 0.52 + 1e-6).all()
     largest = exact_q.abs().amax(-1) / 127
     actual = ready.q_scale.double().view(*q.shape[:2], -1)[:, :, :length]
-    torch.testing.assert_close(actual, largest, rtol=1e-5, atol=1e-9)
+    rtol = 1e-5 + (2 * TABLE_ERROR if turned else 0)
+    torch.testing.assert_close(actual, largest, rtol=rtol, atol=1e-9)
 
     codes = own_order(unswizzled(ready.v_fp8.view(torch.uint8)), token_order())
     codes = codes.view(torch.float8_e4m3fn).float().mT.reshape(*v.shape[:2], -1, HEAD_DIM)
@@ -178,7 +180,8 @@ def test_tiles_stand_for_q_k_and_v(cuda, operands, shape, turned, device):
         (ready.q_means, exact_q, BLOCK_Q),
         (ready.k_means, exact_k, BLOCK_K),
     ):
-        assert relative_error(block_means(exact, block), means) < 1e-5
+        bound = TABLE_ERROR if turned else 1e-5
+        assert relative_error(block_means(exact, block), means) < bound
 
 
 @pytest.mark.gpu
@@ -196,13 +199,35 @@ def test_the_linear_branch_is_its_definition(cuda, operands, shape, feature_map,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [1, 2, 4])
-def test_programs_of_several_heads_give_the_same_bits(cuda, operands, heads, device, monkeypatch):
-    *inputs, ready = prepared(cuda, operands, (2, 777, 3), True, "softmax", device)
-    monkeypatch.setattr(cuda, "QUERY_VARIANT", cuda.QueryVariant(heads, stages=1))
-    again = cuda.prepare(*inputs)
-    for name in ("q_int8", "q_scale", "q_means", "branch"):
-        assert torch.equal(getattr(again, name), getattr(ready, name)), name
+@pytest.mark.parametrize("size", [1e-12, 50.0, 1e15])
+def test_softmax_of_channels_of_any_size(cuda, operands, size, device):
+    """Beyond some 28 a token's largest channel is subtracted before exponents are taken."""
+    if capability_of(device)[:2] != ("sm", 9):
+        pytest.skip("written for sm90")
+    q, k, v = heads_of_one_product(1, 2, 300, torch.bfloat16, device)
+    q[:, :, ::3] *= size
+    k[:, :, ::5] *= -size
+    q[:, :, 7], k[:, :, 8] = -size, -2 * size  # constant, all negative
+    projected = operands.Projection(*projection(device), "softmax")
+    ready = cuda.prepare(q, k, v + 2, None, projected)
+    expected = linear_branch(q.double(), k.double(), v + 2, "softmax") @ projected.weight.double().T
+    actual = ready.branch.transpose(1, 2).double() - projected.bias.double()
+    assert relative_error(expected, actual) < 0.01
+
+
+@pytest.mark.gpu
+def test_tables_are_within_half_a_step_of_theirs(cuda, device):
+    if capability_of(device)[:2] != ("sm", 9):
+        pytest.skip("written for sm90")
+    cos, sin = rotation(70, device)
+    cos[0, 0], sin[0, 0] = 1.0, 0.0
+    x = torch.randn(1, 70, 1, HEAD_DIM, device=device).bfloat16().transpose(1, 2)
+    *_, turns = cuda.measure_rms(x, x, cos.contiguous(), sin.contiguous(), EPS)
+    halves = torch.stack((turns & 0xFFFF, turns >> 16 & 0xFFFF)) - 0x8000
+    back = (halves - 16384) / 16383
+    expected = torch.stack((cos, sin)).view(2, 70, -1)
+    assert (back - expected).abs().max() <= 0.5001 / 16383
+    assert torch.equal(back[:, 0], expected[:, 0])  # 1 and 0 are exact
 
 
 @pytest.mark.gpu
@@ -229,8 +254,8 @@ def test_parameters_in_bfloat16_or_missing_and_packed_tables(cuda, operands, dev
     )
     ready = cuda.prepare(q, k, v, packed, projected._replace(bias=None))
     exact_q, exact_k = exact_heads(q, k, packed)
-    assert relative_error(block_means(exact_q, BLOCK_Q), ready.q_means) < 1e-5
-    assert relative_error(block_means(exact_k, BLOCK_K), ready.k_means) < 1e-5
+    assert relative_error(block_means(exact_q, BLOCK_Q), ready.q_means) < TABLE_ERROR
+    assert relative_error(block_means(exact_k, BLOCK_K), ready.k_means) < TABLE_ERROR
     expected = linear_branch(exact_q, exact_k, v, "softmax") @ projected.weight.double().T
     assert relative_error(expected, ready.branch.transpose(1, 2)) < 0.01
 
