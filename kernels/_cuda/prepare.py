@@ -29,7 +29,8 @@ _PIPELINE = {
     "CONSUMER_REGISTERS": 168,
 }
 _THREADS = 128 * (_PRODUCERS + 1)
-_QUERY_SLOTS, _KEY_SLOTS = 6, 4  # what they exchange through: φ of 64 tokens, with k's also v
+_KEY_SLOTS = 4  # what they exchange through: φ of 64 tokens, with k's also v
+_QUERY_SLOTS = {1: 6, 2: 4}  # with so many heads a program, whose matrices take 34 KiB each
 
 
 def prepare(
@@ -90,10 +91,10 @@ class _Tables(NamedTuple):
         weight = None if self.weight is None else _on_16_bytes(self.weight.contiguous())
         return self.rstd, weight, self.turns
 
-    def ring_bytes(self) -> int:
-        """Shared memory that prepare_keys and prepare_queries need for rows on their way."""
-        row = 2 * 512 if self.turns is None else 4 * 512 + 128  # tokens.cuh's ROWS_BYTES
-        return 4 * _PRODUCERS * _ROWS_AHEAD * row
+    def ring_bytes(self, tables_ahead: int) -> int:
+        """Shared memory for rows on their way to prepare_keys or prepare_queries, and tables."""
+        turns = 0 if self.turns is None else 2 * 512 + 128  # of 4 tokens: tokens.cuh's TURNS_BYTES
+        return 4 * _PRODUCERS * (_ROWS_AHEAD * 2 * 512 + tables_ahead * turns)
 
 
 def measure_rms(
@@ -168,7 +169,7 @@ def prepare_keys(
     defines = {**_PIPELINE, "SLOTS": _KEY_SLOTS}
     tiles = _KEY_SLOTS * 2 * 64 * 2 * HEAD_DIM + 2 * BLOCK_K * HEAD_DIM
     small = 512 + 4 * HEAD_DIM + 16 * _KEY_SLOTS + 512 * _PRODUCERS + 16
-    shared_bytes = _ALIGNMENT + tiles + small + tables.ring_bytes()
+    shared_bytes = _ALIGNMENT + tiles + small + tables.ring_bytes(_ROWS_AHEAD)
     _load(
         "prepare_keys", k, {**tables.defines(), **_branch(projection), **defines}, shared_bytes
     ).launch(
@@ -195,18 +196,21 @@ def prepare_queries(
     """Write the tiles, their scales, the block means and, with a projection, `branch`."""
     heads, length = q.shape[1:3]
     all_heads, blocks = q_scale.shape[:2]
-    per_part, parts = _parts(blocks, all_heads, multiprocessors(q.device))
-    defines = {**_PIPELINE, "SLOTS": _QUERY_SLOTS}
-    multiplied = 2 * (HEAD_DIM + 8) * 128 + _QUERY_SLOTS * BLOCK_Q * HEAD_DIM * 2 if linear else 0
-    small = _QUERY_SLOTS * (4 * HEAD_DIM * 4 + 16) + 16
-    shared_bytes = _ALIGNMENT + multiplied + small + tables.ring_bytes()
+    together = 1 if heads % 2 else 2
+    groups, slots = all_heads // together, _QUERY_SLOTS[together]
+    per_part, parts = _parts(blocks, groups, multiprocessors(q.device))
+    defines = {**_PIPELINE, "HEADS": together, "SLOTS": slots}
+    matrices = together * 2 * (HEAD_DIM + 8) * 128 if linear else 0
+    features = slots * BLOCK_Q * HEAD_DIM * 2 if linear else 0
+    small = slots * (4 * HEAD_DIM * 4 + 16) + 16 + together * HEAD_DIM * 4
+    shared_bytes = _ALIGNMENT + matrices + features + small + tables.ring_bytes(tables_ahead=4)
     bias = None
     if projection is not None and projection.bias is not None:
         bias = projection.bias.float().contiguous()
     _load(
         "prepare_queries", q, {**tables.defines(), **_branch(projection), **defines}, shared_bytes
     ).launch(
-        (parts, all_heads), _THREADS,
+        (parts, groups), _THREADS,
         q, *tables.arguments(), *(linear or (None, None)), bias, q_int8, q_scale, q_means, branch,
         NORMALIZER_EPS * HEAD_DIM / length, length, heads, blocks, per_part,
         *_strides(q),

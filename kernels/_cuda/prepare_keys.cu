@@ -136,12 +136,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
         k_int8 += first_tile + group * PART_BYTES;
         int rest = length - first_token;  // tokens from this lane's first one on
         auto place = [&](int pass) { return (pass & 1 ? odd_row : even_row) + 512 * pass; };
-        const u32 ring = rings + (4 * group + warp) * ROWS_AHEAD * ROWS_BYTES;
+        const u32 ring = rings + (4 * group + warp) * ROWS_AHEAD * (ROWS_BYTES + TURNS_BYTES);
+        const u32 turn_ring = ring + ROWS_AHEAD * ROWS_BYTES;
         const u32 scale = all_scales + 512 * group + 128 * warp + 4 * lane;
         auto request = [&](int later, int pass, int n) {
             const int offset = later * PRODUCERS * TOKENS + 4 * pass;
             copy_row(ring + pass % ROWS_AHEAD * ROWS_BYTES, lane, k + offset * (u64)k_stride,
-                     turns + offset * PAIRS, rstd + offset, offset < rest);
+                     offset < rest);
+            copy_turns(turn_ring + pass % ROWS_AHEAD * TURNS_BYTES, lane, turns + offset * PAIRS,
+                       rstd + offset, offset < rest);
             if (pass == 0) copy_word(scale, k_scale + n / 2, n < stages);
             commit_copies();
         };
@@ -168,7 +171,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
                 float x[2][8];
                 wait_copies<ROWS_AHEAD - 1>();
                 if (pass == 0) per_step = __fdividef(1.0f / UNIT, load_shared_float(scale));
-                read_row(x, ring + pass % ROWS_AHEAD * ROWS_BYTES, lane, weights, mean);
+                read_row(x, ring + pass % ROWS_AHEAD * ROWS_BYTES,
+                         turn_ring + pass % ROWS_AHEAD * TURNS_BYTES, lane, weights, mean);
                 if (pass < 2)  // half of v each: it is there when the last pass begins
 #pragma unroll
                     for (int other = 2 * pass; other < 2 * pass + 2; other++) {

@@ -107,35 +107,36 @@ DEVICE void copy_word(u32 target, const void *source, bool exists) {
 }
 
 // Where 4 tokens of a warp arrive, 8 lanes a token: of lane 8t + `piece`, chunks `piece` and `piece` + 8
-// of k or q, as many of the tables, and the norm. A lane reads what it has copied itself.
-constexpr u32 ROWS_BYTES = ROTATION ? 4 * 512 + 128 : 2 * 512;
+// of k or q; as many of the tables, and the norm. A lane reads what it has copied itself.
+constexpr u32 ROWS_BYTES = 2 * 512, TURNS_BYTES = ROTATION * (2 * 512 + 128);
 
-// Zeros, of which the rest becomes finite numbers times zero, if the token does not exist.
-DEVICE void copy_row(u32 target, int lane, const u16 *x, const u32 *turns, const float *rstd,
-                     bool exists) {
-    const u32 own = target + 16 * lane;
-    copy_chunk(own, x, exists);
-    copy_chunk(own + 512, x + 64, exists);
+// Zeros if the token does not exist.
+DEVICE void copy_row(u32 target, int lane, const u16 *x, bool exists) {
+    copy_chunk(target + 16 * lane, x, exists);
+    copy_chunk(target + 16 * lane + 512, x + 64, exists);
+}
+
+// A norm of zero, beside tables of finite numbers, if the token does not exist.
+DEVICE void copy_turns(u32 target, int lane, const u32 *turns, const float *rstd, bool exists) {
 #if ROTATION
-    copy_chunk(own + 1024, turns, exists);
-    copy_chunk(own + 1536, turns + 32, exists);
-    copy_word(target + 2048 + 4 * lane, rstd, exists);
+    copy_chunk(target + 16 * lane, turns, exists);
+    copy_chunk(target + 16 * lane + 512, turns + 32, exists);
+    copy_word(target + 4 * lane + 1024, rstd, exists);
 #endif
 }
 
 // The copied channels times UNIT, normalized and rotated by weights that have it, less `mean`.
-DEVICE void read_row(float (&x)[2][8], u32 source, int lane, const float (&weights)[2][8],
+DEVICE void read_row(float (&x)[2][8], u32 rows, u32 turns, int lane, const float (&weights)[2][8],
                      const float (*mean)[8] = nullptr) {
-    const u32 own = source + 16 * lane;
 #if ROTATION
-    const float rstd = load_shared_float(source + 2048 + 4 * lane);
+    const float rstd = load_shared_float(turns + 4 * lane + 1024);
 #endif
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        unpack(load_shared(own + 512 * half), x[half]);
+        unpack(load_shared(rows + 16 * lane + 512 * half), x[half]);
 #if ROTATION
-        normalize_and_turn(x[half], rstd, weights[half], load_shared(own + 1024 + 512 * half),
-                           mean ? mean[half] : nullptr);
+        normalize_and_turn(x[half], rstd, weights[half],
+                           load_shared(turns + 16 * lane + 512 * half), mean ? mean[half] : nullptr);
 #else
 #pragma unroll
         for (int i = 0; i < 8; i++)

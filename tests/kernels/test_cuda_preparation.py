@@ -212,7 +212,7 @@ def test_softmax_of_channels_of_any_size(cuda, operands, size, device):
     ready = cuda.prepare(q, k, v + 2, None, projected)
     actual = ready.branch.transpose(1, 2).double() - projected.bias.double()
     assert actual.isfinite().all()
-    if size < 1e5:  # float32's rounding of larger ones is larger than their differences
+    if size < 1e3:  # beyond, no key has the channel that a query chooses: 0 / 0 without eps
         expected = linear_branch(q.double(), k.double(), v + 2, "softmax")
         assert relative_error(expected @ projected.weight.double().T, actual) < 0.01
 
