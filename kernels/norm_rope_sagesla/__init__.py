@@ -106,7 +106,8 @@ def norm_rope_sagesla(
     Args:
         q, k, v: (B, L, H·D) in bfloat16, float16 or float32, the projections; any strides, so
             that they may be parts of one QKV product.
-        q_weight, k_weight, cos, sin, eps: as for `norm_rope`.
+        q_weight, k_weight, cos, sin, eps: as for `norm_rope`; `cos` and `sin` of angles, within
+            −1 … 1, as the CUDA provider rounds them to steps of 1/16383.
         proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv: as for `sagesla`.
 
     Returns:
