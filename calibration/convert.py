@@ -4,7 +4,8 @@ read    a DCP folder (a checkpoint of a training of ours, or of another program)
         that turbo_opt.checkpoints reads
 write   FILE.safetensors  diffusers' names
         FILE.pth          the original Wan's names, the patch embedding as a linear layer, as
-                          TurboDiffusion and rCM read them
+                          TurboDiffusion and rCM read them; in 16 or 32 bits, or the blocks' layers
+                          in int8, as TurboDiffusion's `-quant.pth`
         FOLDER.dcp        DCP, diffusers' names
 
 What the weights say of themselves, such as that they are a distilled student and by which noise
@@ -33,6 +34,7 @@ from turbo_opt.calibration.training.checkpoints import RECORD, read_record
 from turbo_opt.calibration.training.dcp import METADATA, read_metadata, read_tensors
 from turbo_opt.checkpoints.names import diffusers_name, original_name, without_prefix
 from turbo_opt.checkpoints.places import STUDENT_NOTE
+from turbo_opt.checkpoints.quantized import in_int8_blocks
 from turbo_opt.checkpoints.reader import read_network
 from turbo_opt.checkpoints.student import METHOD, Record, first_declaration, notes_beside
 from turbo_opt.errors import BadInput, unknown
@@ -52,18 +54,25 @@ _HOLD_WEIGHTS = (
 )
 
 
-def convert(source: Path, out: Path, network: str = _STUDENT, average: bool = True) -> int:
-    """Write the weights of `source` as `out`, by its suffix; returns how many tensors.
+def convert(
+    source: Path,
+    out: Path,
+    network: str = _STUDENT,
+    average: bool = True,
+    int8: bool = False,
+) -> int:
+    """Write the weights of `source` as `out`, by its suffix; returns how many of them.
 
     Args:
         network: which of a training checkpoint's networks.
         average: of a training checkpoint, its moving average where it has one.
+        int8: the linear layers of the blocks in 128×128 blocks of int8, in a `.pth`.
 
     Raises:
         BadInput: it cannot be read, has names that the other layout has no word for, what it says
-            of itself is malformed, or `out` is there already.
+            of itself is malformed, `out` is there already, or `int8` is asked of another layout.
     """
-    check_destination(out)
+    check_destination(out, int8)
     values = read_weights(source, network, average)
     said = _said(source, network)
     partial = out.with_name(f".{out.name}.partial")
@@ -72,7 +81,8 @@ def convert(source: Path, out: Path, network: str = _STUDENT, average: bool = Tr
         dcp.save(dict(values), storage_writer=FileSystemWriter(partial), no_dist=True)
         _write_note(partial / STUDENT_NOTE, said)
     elif out.suffix == ".pth":
-        torch.save(as_original(values), partial)
+        original = as_original(values)
+        torch.save(in_int8_blocks(original) if int8 else original, partial)
         # First: without it the file would be taken for what it is not.
         _write_note(_note_of(out), said)
     else:
@@ -85,10 +95,12 @@ def convert(source: Path, out: Path, network: str = _STUDENT, average: bool = Tr
     return len(values)
 
 
-def check_destination(out: Path) -> None:
-    """Raise BadInput unless `out` is of a kind that is written, and free."""
+def check_destination(out: Path, int8: bool = False) -> None:
+    """Raise BadInput unless `out` is of a kind that is written, in int8 too if asked, and free."""
     if out.suffix not in WRITTEN:
         raise BadInput(f"{out}: cannot write {out.suffix or 'no suffix'!r}; use {_listed()}")
+    if int8 and out.suffix != ".pth":
+        raise BadInput(f"{out}: int8 blocks have a layout as .pth only; use {out.stem}.pth")
     if os.path.lexists(out):
         raise BadInput(f"{out}: exists already")
     if out.suffix == ".pth" and os.path.lexists(_note_of(out)):

@@ -174,3 +174,20 @@ def test_faults_of_a_job_have_file_and_line(home: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and "--set sla.topk=7: sla.topk: must be" in result.stderr
     unknown = invoke("calibrate", "slaa")
     assert unknown.exit_code == 2 and "did you mean 'sla'" in unknown.stderr
+
+
+def test_weights_are_converted_also_to_int8_blocks(home: Path, tmp_path: Path) -> None:
+    import torch
+
+    source, out = home / "teacher", tmp_path / "teacher-quant.pth"
+    refused = invoke("calibrate", "convert", source, tmp_path / "teacher.dcp", "--int8")
+    assert refused.exit_code == 2 and "a layout as .pth only; use teacher.pth" in refused.stderr
+    assert not list(tmp_path.iterdir())
+    result = invoke("calibrate", "convert", source, out, "--int8", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["weights"] == str(out)
+    stored = torch.load(out, weights_only=True)
+    layers = [name for name in stored if name.endswith(".int8_weight")]
+    assert layers and report["tensors"] == len(stored) - len(layers)  # scales are no weights
+    assert all(stored[name].dtype == torch.int8 for name in layers)

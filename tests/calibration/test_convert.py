@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,9 +19,12 @@ from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
 from turbo_opt.calibration.rcm.schema import RCMJob
 from turbo_opt.calibration.training.identity import identity_of
+from turbo_opt.checkpoints.quantized import in_int8_blocks
 from turbo_opt.checkpoints.reader import read_network
 from turbo_opt.checkpoints.student import declared_student
 from turbo_opt.errors import BadInput
+from turbo_opt.ir.transforms import block_quantized
+from turbo_opt.kernels.block_quantize import quantize_weight
 
 TEACHER = "transformer/diffusion_pytorch_model.safetensors"
 KINDS = [".safetensors", ".pth", ".dcp"]
@@ -82,6 +86,42 @@ def test_a_pth_has_the_names_and_shapes_of_the_original(weights, tmp_path: Path)
     assert found["patch_embedding.weight"].shape == (256, 16 * 4)
     assert "blocks.0.self_attn.attn_op.local_attn.proj_l.weight" in found
     assert "blocks.1.ffn.2.bias" in found and "head.modulation" in found
+
+
+def test_a_quantized_pth_has_the_integers_and_scales_of_quantize_linear(weights, tmp_path) -> None:
+    checkpoint, out = write_checkpoint(tmp_path / "step", weights), tmp_path / "student-quant.pth"
+    assert convert(checkpoint, out, average=False, int8=True) == len(weights)
+    found = torch.load(out, weights_only=True)
+    layers = {name for name, x in weights.items() if name.startswith("blocks.") and x.ndim == 2}
+    layers -= {"blocks.0.attn1.proj_l.weight"}
+    assert sum(name.endswith(".int8_weight") for name in found) == len(layers) > 0
+    q, scale = quantize_weight(weights["blocks.0.attn1.to_q.weight"], "int8-block")
+    assert torch.equal(found["blocks.0.self_attn.q.int8_weight"], q)
+    assert torch.equal(found["blocks.0.self_attn.q.scale"], scale)
+    assert "blocks.0.self_attn.q.weight" not in found
+    assert found["blocks.0.self_attn.norm_q.weight"].dtype == torch.float32
+    assert found["head.head.weight"].dtype == weights["proj_out.weight"].dtype
+    # Read again, `quantize-linear` finds the same integers and scales.
+    read = read_network(out).tensors
+    assert read.keys() == weights.keys()
+    for name, lazy in read.items():
+        if name not in layers:
+            assert torch.equal(lazy.load().view(-1), weights[name].view(-1)), name
+            continue
+        kept = [part.load() for part in block_quantized(lazy, "int8-block")]
+        expected = quantize_weight(weights[name], "int8-block")
+        assert all(map(torch.equal, kept, expected)), name
+
+
+def test_int8_is_for_pth_and_layers_of_whole_blocks(weights, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "step", weights)
+    expected = "int8 blocks have a layout as .pth only; use out.pth"
+    with pytest.raises(BadInput, match=re.escape(expected)):
+        convert(checkpoint, tmp_path / "out.safetensors", int8=True)
+    narrow = {"blocks.0.ffn.0.weight": torch.zeros(256, 130)}
+    with pytest.raises(BadInput, match=r"'blocks.0.ffn.0.weight' has 130 inputs; int8 blocks take"):
+        in_int8_blocks(narrow)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_the_average_and_the_network_can_be_chosen(weights, tmp_path: Path) -> None:

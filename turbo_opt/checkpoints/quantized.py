@@ -1,4 +1,4 @@
-"""Weights that were stored in 8 bits, as the numbers they stand for.
+"""Weights that were stored in 8 bits, as the numbers they stand for, and int8 blocks written anew.
 
     X.int8_weight (out, in) int8, X.scale (ceil(out/128), ceil(in/128))  →  X.weight float32
     X.weight e4m3 or e5m2, X.scale_weight (), (1,) or (out, 1) if there  →  X.weight float32
@@ -25,6 +25,8 @@ _INT8, _INT8_SCALE = "int8_weight", "scale"
 _WEIGHT, _FP8_SCALE, _FP8_INPUT = "weight", "scale_weight", "scale_input"
 """What the parts of a weight are called, after their layer's name."""
 _FP8_MARK = "scaled_fp8"
+_BLOCKS, _OF_ATTENTION = "blocks.", ("proj_l", "alpha", "proj_q", "proj_k")
+"""Where the layers are that are written in 8 bits, and those of sparse attention, which are not."""
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -60,6 +62,34 @@ def unquantized(place: Path, stored: Mapping[str, LazyTensor]) -> dict[str, Lazy
                 "`scale`) and ComfyUI's FP8 (`weight` and `scale_weight`)"
             )
         found[name] = tensor
+    return found
+
+
+def in_int8_blocks(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights as TurboDiffusion's `-quant.pth` has them, from those under the original Wan's names.
+
+    The weight (out, in) of each linear layer in the blocks, but `proj_l` and SLA2's router, becomes
+    `int8_weight` and `scale` (ceil(out/128), in/128) float32, which is max(amax, 1e-8) / 128 of its
+    128×128 block; weights of norms become float32, all else stays.
+
+    Raises:
+        BadInput: a layer does not have a multiple of 128 inputs.
+    """
+    from turbo_opt.kernels.block_quantize import quantize_weight
+
+    found: dict[str, torch.Tensor] = {}
+    for name, value in values.items():
+        layer, _, leaf = name.rpartition(".")
+        in_blocks = name.startswith(_BLOCKS) and leaf == _WEIGHT
+        if in_blocks and value.ndim == 2 and layer.rpartition(".")[2] not in _OF_ATTENTION:
+            if value.shape[1] % 128:
+                raise BadInput(
+                    f"{name!r} has {value.shape[1]} inputs; int8 blocks take a multiple of 128"
+                )
+            quantized, scales = quantize_weight(value, "int8-block")
+            found[f"{layer}.{_INT8}"], found[f"{layer}.{_INT8_SCALE}"] = quantized, scales
+        else:
+            found[name] = value.float() if in_blocks and value.ndim == 1 else value
     return found
 
 

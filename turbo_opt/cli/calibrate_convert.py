@@ -21,9 +21,16 @@ from turbo_opt.cli.session import Session, common_options, pass_session
 @click.option(
     "--no-average", is_flag=True, help="Its weights themselves, not their moving average."
 )
+@click.option(
+    "--int8",
+    is_flag=True,
+    help="The blocks' linear layers in int8, as TurboDiffusion's -quant.pth; OUT is a .pth.",
+)
 @common_options
 @pass_session
-def convert(session: Session, source: Path, out: Path, network: str, no_average: bool) -> None:
+def convert(
+    session: Session, source: Path, out: Path, network: str, no_average: bool, int8: bool
+) -> None:
     """Write the weights in SOURCE as OUT: .safetensors, .pth or .dcp.
 
     SOURCE is a DCP folder (such as OUT/checkpoints/step-000200 of a job), a safetensors or .pth
@@ -35,7 +42,7 @@ def convert(session: Session, source: Path, out: Path, network: str, no_average:
     from turbo_opt.cli.places import check_writable, plain_place
 
     source, out = source.expanduser(), plain_place(out)
-    check_destination(out)
+    check_destination(out, int8)
     check_writable(out)
-    count = convert(source, out, network, average=not no_average)
+    count = convert(source, out, network, average=not no_average, int8=int8)
     session.summary({"weights": str(out), "tensors": count}, f"{out}: {count} tensors")
