@@ -62,6 +62,11 @@ DEVICE void copy_tile(u32 target, const void *source, u32 bytes, u32 barrier) {
         : "memory");
 }
 
+// All threads of a warpgroup, by a barrier of that number other than 0.
+DEVICE void wait_for_warpgroup(int barrier) {
+    asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+}
+
 // Shared memory written before is seen by the tensor cores and the copy engine after a barrier.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

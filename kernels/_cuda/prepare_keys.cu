@@ -28,10 +28,6 @@ DEVICE void store_tile(void *target, u32 source) {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-DEVICE void wait_for_warpgroup(int barrier) {
-    asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
-}
-
 DEVICE void wait_for_tile_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 DEVICE void wait_for_tile_store() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 

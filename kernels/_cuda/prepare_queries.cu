@@ -32,10 +32,6 @@ DEVICE void multiply(float (&d)[68], u64 a, u64 b, int add) {
         : "l"(a), "l"(b), "r"(add));
 }
 
-DEVICE void wait_for_warpgroup(int barrier) {
-    asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
-}
-
 DEVICE u32 select_half(u32 a, u32 b, int upper) { return __byte_perm(a, b, upper ? 0x7632 : 0x5410); }
 
 // Of eight rows from `k` on: `chunk` is eight channels of the result, which become 8 columns.
