@@ -70,9 +70,12 @@ def convert(
 
     Raises:
         BadInput: it cannot be read, has names that the other layout has no word for, what it says
-            of itself is malformed, `out` is there already, or `int8` is asked of another layout.
+            of itself is malformed, `out` is there already, or `int8` is asked of another layout
+            or of weights in int8 blocks.
     """
     check_destination(out, int8)
+    if int8:
+        _check_not_in_blocks(source)
     values = read_weights(source, network, average)
     said = _said(source, network)
     partial = out.with_name(f".{out.name}.partial")
@@ -179,6 +182,18 @@ def _said_by_job(checkpoint: Path, network: str) -> list[Record]:
     settings = identity.get(_DISTILLS)
     sigma_max = settings.get("sigma_max") if isinstance(settings, dict) else None
     return [(checkpoint / RECORD, {"distillation": METHOD, "sigma_max": sigma_max})]
+
+
+def _check_not_in_blocks(source: Path) -> None:
+    """Raise BadInput if weights are in int8 blocks already: new ones would have other scales."""
+    if (source / METADATA).is_file():
+        return
+    for name, lazy in read_network(_network_in(source)).tensors.items():
+        if lazy.op == "block-dequantize":
+            raise BadInput(
+                f"{source}: {name!r} is in int8 blocks already and would be rounded a second time; "
+                "take the file as it is, or the weights that it was made of"
+            )
 
 
 def _network_in(source: Path) -> Path:

@@ -28,7 +28,7 @@ Results = dict[str, Tensor]
 EPS = 1e-6
 FEATURE_MAP = "softmax"
 LEAST_SQNR_DB = 80.0  # of float32 that is measured
-# Of what is rounded to 8 bits, where ties may differ, or multiplied in bfloat16.
+# Of what is rounded to 8 or 16 bits, where ties may differ, or multiplied in bfloat16.
 LEAST_ROUNDED_SQNR_DB = 40.0
 ROUNDED = ("turns", "k_int8", "v_fp8", "q_int8", "state", "key_sum", "branch")
 # What lies at each place of a row: channels of an int8 tile (kernels/_cuda/tokens.cuh), tokens of
@@ -357,5 +357,8 @@ def _read(name: str, result: Tensor) -> Tensor:
 
 
 def _plain(name: str, result: Tensor, bias: Tensor) -> Tensor:
-    """Without the bias, beside which an error would look small."""
+    """Without the bias, beside which an error would look small; cosines and sines as numbers."""
+    if name == "turns":
+        halves = torch.stack((result & 0xFFFF, result >> 16 & 0xFFFF)) - (1 << 15)
+        return (halves - 16384) / 16383
     return result.float() - bias if name == "branch" else result

@@ -106,6 +106,9 @@ def measure_rms(
         1 / root mean square over all heads of each token of q and of k, (B, L) float32 each, and
         `cos` and `sin` (1, L, 1, 64), within −1 … 1, in steps of 1/16383 as tokens.cuh reads them,
         (L, 64) int32: half of the bytes, as every head reads them again.
+
+    Raises:
+        ValueError: the heads of a token do not lie together.
     """
     check_heads_together(q, k)
     batch, heads, length, _ = q.shape
@@ -206,7 +209,7 @@ def prepare_queries(
     shared_bytes = _ALIGNMENT + matrices + features + small + tables.ring_bytes(tables_ahead=4)
     bias = None
     if projection is not None and projection.bias is not None:
-        bias = projection.bias.float().contiguous()
+        bias = _on_16_bytes(projection.bias.float().contiguous())
     _load(
         "prepare_queries", q, {**tables.defines(), **_branch(projection), **defines}, shared_bytes
     ).launch(

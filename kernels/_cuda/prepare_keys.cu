@@ -11,6 +11,7 @@
 constexpr int BLOCK = 128, THREADS = 128 * (PRODUCERS + 1), TOKENS = 64, PASSES = 4;
 constexpr u32 PART_BYTES = TOKENS * 128, SLOT_BYTES = 4 * PART_BYTES, TILE_BYTES = BLOCK * HEAD_DIM;
 constexpr u32 ONES_BYTES = 512;
+static_assert(SLOTS >= PRODUCERS, "a slot for each");
 static_assert(ROWS_AHEAD <= 2, "v has to be there when the last pass begins");
 
 // Four 8×8 matrices of bf16, transposed: lane l gives the address of row l % 8 of matrix l / 8.
@@ -202,6 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
             slot += PRODUCERS;
             if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
         }
+        wait_copies<0>();
     } else {
         take_registers<CONSUMER_REGISTERS>();
         const bool stores = (thread & 127) == 0;

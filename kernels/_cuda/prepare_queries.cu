@@ -13,6 +13,9 @@
 
 constexpr int BLOCK = 64, THREADS = 128 * (PRODUCERS + 1);
 constexpr int COLUMNS = HEAD_DIM + 8, PASSES = 4;  // of 4 tokens of a warp
+static_assert(PASSES % ROWS_AHEAD == 0 && SLOTS >= PRODUCERS, "places in rings and slots");
+// After the last whole round no slot that is passed over may be needed again.
+static_assert(HEADS <= 2 && SLOTS > PRODUCERS, "slots of blocks that do not exist");
 constexpr u32 HALF_BYTES = COLUMNS * 128, MATRIX_BYTES = 2 * HALF_BYTES;
 constexpr u32 TILE_BYTES = BLOCK * HEAD_DIM, SUMS_BYTES = 4 * HEAD_DIM * 4;
 constexpr u32 PART_BYTES = BLOCK * 128;  // 64 channels of φ(q)
@@ -218,6 +221,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
             slot += PRODUCERS;
             if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
         }
+        wait_copies<0>();
     } else {
         take_registers<CONSUMER_REGISTERS>();
         const int g = lane >> 2, t = lane & 3, own = thread & 127;
@@ -241,13 +245,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
         // Slots come as the warpgroups fill them: each one's block of the first head, of the next.
         int slot = -1, parity = 0;
 #pragma unroll 1
-        for (int turn = 0, h = 0, first = 0; first < count; turn++) {
-            if (turn == PRODUCERS) {
-                turn = 0;
+        for (int producer = 0, h = 0, first = 0; first < count; producer++) {
+            if (producer == PRODUCERS) {
+                producer = 0;
                 if (++h == HEADS) h = 0, first += PRODUCERS;
             }
             if (++slot == SLOTS) slot = 0, parity ^= 1;
-            const int n = first + turn, first_token = (first_block + n) * BLOCK;
+            const int n = first + producer, first_token = (first_block + n) * BLOCK;
             if (n >= count) continue;
             barrier_wait(full + 8 * slot, parity);
 #if LINEAR

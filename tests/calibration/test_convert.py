@@ -100,7 +100,11 @@ def test_a_quantized_pth_has_the_integers_and_scales_of_quantize_linear(weights,
     assert torch.equal(found["blocks.0.self_attn.q.scale"], scale)
     assert "blocks.0.self_attn.q.weight" not in found
     assert found["blocks.0.self_attn.norm_q.weight"].dtype == torch.float32
+    assert found["blocks.0.norm3.bias"].dtype == torch.float32
     assert found["head.head.weight"].dtype == weights["proj_out.weight"].dtype
+    with pytest.raises(BadInput, match=r"is in int8 blocks already and would be rounded a second"):
+        convert(out, tmp_path / "again.pth", int8=True)
+    assert not (tmp_path / "again.pth").exists()
     # Read again, `quantize-linear` finds the same integers and scales.
     read = read_network(out).tensors
     assert read.keys() == weights.keys()

@@ -78,7 +78,7 @@ def test_parts_cover_all_blocks_and_none_is_empty(cuda, blocks, heads, programs)
     assert (parts - 1) * per_part < blocks <= parts * per_part
 
 
-@pytest.mark.parametrize(("blocks", "heads"), [(256, 12), (591, 40), (256, 6), (591, 20)])
+@pytest.mark.parametrize(("blocks", "heads"), [(256, 12), (591, 40), (512, 6), (1182, 20)])
 def test_at_the_models_shapes_few_multiprocessors_wait(cuda, blocks, heads):
     per_part, parts = cuda._parts(blocks, heads, 132)
     turns = -(-heads * parts // 132)
@@ -196,6 +196,33 @@ def test_the_linear_branch_is_its_definition(cuda, operands, shape, feature_map,
     expected = linear_branch(*exact_heads(q, k, rotated), v, feature_map) @ weights[0].T
     actual = ready.branch.transpose(1, 2).double() - weights[1]
     assert relative_error(expected, actual) < 0.01  # its factors and the result are bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(2, 777, 3), (2, 777, 4), (1, 2000, 2)], ids=str)
+def test_how_many_blocks_a_program_takes_changes_no_bit(
+    cuda, operands, shape, turned, device, monkeypatch
+):
+    """Slots are used again, rounds are left half full, and tables of the next block are read."""
+    *inputs, ready = prepared(cuda, operands, shape, turned, "softmax", device)
+    for per_part in (1, 2, 3, 4, 5, 7, 32):
+        monkeypatch.setattr(cuda, "_parts", lambda blocks, *_, n=per_part: (n, -(-blocks // n)))
+        again = cuda.prepare(*inputs)
+        for name in ("q_int8", "q_scale", "q_means", "k_int8", "k_scale"):
+            assert torch.equal(getattr(again, name), getattr(ready, name)), (name, per_part)
+        assert torch.equal(again.v_fp8.view(torch.uint8), ready.v_fp8.view(torch.uint8)), per_part
+        # The order in which states of programs are added is another.
+        assert relative_error(ready.branch.double(), again.branch) < 0.01, per_part
+
+
+@pytest.mark.gpu
+def test_a_bias_that_does_not_lie_on_16_bytes(cuda, operands, device):
+    q, k, v, _, projected, ready = prepared(cuda, operands, (1, 200, 2), False, "softmax", device)
+    shifted = torch.cat((projected.bias[:1], projected.bias))[1:]
+    assert shifted.data_ptr() % 16
+    again = cuda.prepare(q, k, v, None, projected._replace(bias=shifted))
+    assert torch.equal(again.branch, ready.branch)
 
 
 @pytest.mark.gpu

@@ -70,7 +70,7 @@ def in_int8_blocks(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 
     The weight (out, in) of each linear layer in the blocks, but `proj_l` and SLA2's router, becomes
     `int8_weight` and `scale` (ceil(out/128), in/128) float32, which is max(amax, 1e-8) / 128 of its
-    128×128 block; weights of norms become float32, all else stays.
+    128×128 block; weights and biases of norms become float32, all else stays.
 
     Raises:
         BadInput: a layer does not have a multiple of 128 inputs.
@@ -89,7 +89,8 @@ def in_int8_blocks(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
             quantized, scales = quantize_weight(value, "int8-block")
             found[f"{layer}.{_INT8}"], found[f"{layer}.{_INT8_SCALE}"] = quantized, scales
         else:
-            found[name] = value.float() if in_blocks and value.ndim == 1 else value
+            of_norm = name.startswith(_BLOCKS) and layer.rpartition(".")[2].startswith("norm")
+            found[name] = value.float() if of_norm else value
     return found
 
 

@@ -45,4 +45,4 @@ def convert(
     check_destination(out, int8)
     check_writable(out)
     count = convert(source, out, network, average=not no_average, int8=int8)
-    session.summary({"weights": str(out), "tensors": count}, f"{out}: {count} tensors")
+    session.summary({"weights": str(out), "tensors": count}, f"{out}: {count} weights")
