@@ -50,12 +50,17 @@ template <int PENDING> DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+DEVICE float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // The tanh form, x · sigmoid(√(8/π)·(x + 0.044715·x³)).
 DEVICE float gelu(float x) {
-    float power = x * fmaf(-0.1029432397f, x * x, -2.302208198f), e, reciprocal;
+    float power = x * fmaf(-0.1029432397f, x * x, -2.302208198f), e;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(power));
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + e));
-    return x * reciprocal;
+    return x * reciprocal(1.0f + e);
 }
 
 #if __CUDA_ARCH__ >= 890
@@ -76,8 +81,7 @@ DEVICE float warp_sum(float x) {
 // The scale of a group of that largest magnitude, and what its values are multiplied by.
 DEVICE float e4m3_step(float largest, float &factor) {
     largest = fmaxf(largest, 1e-8f);
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(factor) : "f"(largest));
-    factor *= 448.0f;
+    factor = reciprocal(largest) * 448.0f;
     return largest * (1.0f / 448.0f);
 }
 

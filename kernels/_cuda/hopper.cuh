@@ -9,6 +9,9 @@ DEVICE u32 shared_address(const void *pointer) {
     return (u32)__cvta_generic_to_shared(pointer);
 }
 
+// A number that is the same in all lanes of a warp, so that the compiler knows.
+DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 DEVICE void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
@@ -76,6 +79,9 @@ DEVICE u64 descriptor(u32 address, u32 leading = 16) {
     return (u64)((address & 0x3FFFF) >> 4) | ((u64)(leading >> 4) << 16) |
            ((u64)(1024 >> 4) << 32) | ((u64)1 << 62);
 }
+
+// That of a tile so many bytes further on, or of other columns.
+DEVICE u64 moved(u64 descriptor, u32 bytes) { return descriptor + (bytes >> 4); }
 
 DEVICE void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

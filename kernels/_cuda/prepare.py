@@ -30,7 +30,7 @@ _PIPELINE = {
 }
 _THREADS = 128 * (_PRODUCERS + 1)
 _KEY_SLOTS = 4  # what they exchange through: φ of 64 tokens, with k's also v
-_QUERY_SLOTS = {1: 6, 2: 4}  # with so many heads a program, whose matrices take 34 KiB each
+_QUERY_SLOTS = 6
 
 
 def prepare(
@@ -91,10 +91,11 @@ class _Tables(NamedTuple):
         weight = None if self.weight is None else _on_16_bytes(self.weight.contiguous())
         return self.rstd, weight, self.turns
 
-    def ring_bytes(self, tables_ahead: int) -> int:
-        """Shared memory for rows on their way to prepare_keys or prepare_queries, and tables."""
-        turns = 0 if self.turns is None else 2 * 512 + 128  # of 4 tokens: tokens.cuh's TURNS_BYTES
-        return 4 * _PRODUCERS * (_ROWS_AHEAD * 2 * 512 + tables_ahead * turns)
+    def ring_bytes(self) -> int:
+        """Shared memory for what is on its way to prepare_keys or prepare_queries (tokens.cuh)."""
+        turns = 0 if self.turns is None else 2 * 512
+        norms = 2 * 64
+        return norms + 4 * _PRODUCERS * (_ROWS_AHEAD * (2 * 512 + turns) + norms)
 
 
 def measure_rms(
@@ -171,12 +172,12 @@ def prepare_keys(
         key_sum = k_mean.new_empty((all_heads, parts, HEAD_DIM))
     defines = {**_PIPELINE, "SLOTS": _KEY_SLOTS}
     tiles = _KEY_SLOTS * 2 * 64 * 2 * HEAD_DIM + 2 * BLOCK_K * HEAD_DIM
-    small = 512 + 4 * HEAD_DIM + 16 * _KEY_SLOTS + 512 * _PRODUCERS + 16
-    shared_bytes = _ALIGNMENT + tiles + small + tables.ring_bytes(_ROWS_AHEAD)
+    small = 512 + 4 * HEAD_DIM + 16 * _KEY_SLOTS + 4 * _PRODUCERS * 8
+    shared_bytes = _ALIGNMENT + tiles + small + tables.ring_bytes()
     _load(
         "prepare_keys", k, {**tables.defines(), **_branch(projection), **defines}, shared_bytes
     ).launch(
-        (parts, all_heads), _THREADS,
+        (all_heads, parts), _THREADS,
         k, v, *tables.arguments(), k_mean, k_scale, v_scale, k_int8, v_fp8, state, key_sum,
         length, heads, blocks, per_part, *_strides(k), *_strides(v),
     )  # fmt: skip
@@ -199,21 +200,19 @@ def prepare_queries(
     """Write the tiles, their scales, the block means and, with a projection, `branch`."""
     heads, length = q.shape[1:3]
     all_heads, blocks = q_scale.shape[:2]
-    together = 1 if heads % 2 else 2
-    groups, slots = all_heads // together, _QUERY_SLOTS[together]
-    per_part, parts = _parts(blocks, groups, multiprocessors(q.device))
-    defines = {**_PIPELINE, "HEADS": together, "SLOTS": slots}
-    matrices = together * 2 * (HEAD_DIM + 8) * 128 if linear else 0
-    features = slots * BLOCK_Q * HEAD_DIM * 2 if linear else 0
-    small = slots * (4 * HEAD_DIM * 4 + 16) + 16 + together * HEAD_DIM * 4
-    shared_bytes = _ALIGNMENT + matrices + features + small + tables.ring_bytes(tables_ahead=4)
+    per_part, parts = _parts(blocks, all_heads, multiprocessors(q.device))
+    defines = {**_PIPELINE, "SLOTS": _QUERY_SLOTS}
+    matrix = 2 * (HEAD_DIM + 8) * 128 if linear else 0
+    features = _QUERY_SLOTS * BLOCK_Q * HEAD_DIM * 2 if linear else 0
+    small = _QUERY_SLOTS * (4 * HEAD_DIM * 4 + 16)
+    shared_bytes = _ALIGNMENT + matrix + features + small + tables.ring_bytes()
     bias = None
     if projection is not None and projection.bias is not None:
         bias = _on_16_bytes(projection.bias.float().contiguous())
     _load(
         "prepare_queries", q, {**tables.defines(), **_branch(projection), **defines}, shared_bytes
     ).launch(
-        (parts, groups), _THREADS,
+        (all_heads, parts), _THREADS,
         q, *tables.arguments(), *(linear or (None, None)), bias, q_int8, q_scale, q_means, branch,
         NORMALIZER_EPS * HEAD_DIM / length, length, heads, blocks, per_part,
         *_strides(q),

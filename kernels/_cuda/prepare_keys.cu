@@ -53,8 +53,8 @@ DEVICE void add_tokens(float (&d)[4], u64 a, u32 ones, int add) {
 }
 
 // φ of a token's 16 channels in this lane; 0 if the token does not exist.
-DEVICE void take_features(float (&x)[2][8], bool exists) {
-    keep_in_range(x, largest_magnitude(x));
+DEVICE void take_features(float (&x)[2][8], bool exists, bool large) {
+    if (MAP == 0 && large) subtract_largest(x);
     float factor = exists ? 1.0f : 0.0f, sums[2] = {};
 #pragma unroll
     for (int half = 0; half < 2; half++)
@@ -64,7 +64,7 @@ DEVICE void take_features(float (&x)[2][8], bool exists) {
             if (MAP == 0) sums[half] += x[half][i];
         }
 #if MAP == 0
-    factor = __fdividef(factor, token_sum(sums[0] + sums[1]));
+    factor *= reciprocal(token_sum(sums[0] + sums[1]));
 #endif
 #pragma unroll
     for (int half = 0; half < 2; half++)
@@ -93,11 +93,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
     const u32 tiles = slots + SLOTS * SLOT_BYTES, ones = tiles + 2 * TILE_BYTES;
     const u32 factors = ones + ONES_BYTES;  // 1 / v_scale
     const u32 full = factors + 4 * HEAD_DIM, empty = full + 8 * SLOTS;
-    const u32 all_scales = empty + 8 * SLOTS;  // of a lane each
-    const u32 rings = (all_scales + PRODUCERS * 512 + 15) & ~15u;
-    const int thread = threadIdx.x, lane = thread & 31, warp = (thread >> 5) & 3, group = thread >> 7;
-    const int head_of_all = blockIdx.y, batch = head_of_all / heads, head = head_of_all % heads;
-    const int first_block = blockIdx.x * per_part;
+    const u32 scales = empty + 8 * SLOTS;  // two for each warp
+    const u32 rings = (scales + 4 * PRODUCERS * 8 + RING_ALIGNMENT - 1) & ~(RING_ALIGNMENT - 1);
+    const int thread = threadIdx.x, lane = thread & 31, warp = uniform((thread >> 5) & 3);
+    const int group = uniform(thread >> 7);
+    const int head_of_all = blockIdx.x, batch = head_of_all / heads, head = head_of_all % heads;
+    const int first_block = blockIdx.y * per_part;
     const int stages = 2 * (min(first_block + per_part, blocks) - first_block);
 
     if (thread == 0) {
@@ -127,22 +128,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
         const u32 k_stride = k_token, v_stride = v_token;
         k += batch * k_batch + head * k_head + 8 * piece + first_token * (u64)k_stride;
         v += batch * v_batch + head * v_head + 8 * piece + first_token * (u64)v_stride;
-        rstd += (long long)batch * length + first_token;
         turns += (u64)(u32)first_token * PAIRS + 4 * piece;
         k_scale += (long long)head_of_all * blocks + first_block;
         k_int8 += first_tile + group * PART_BYTES;
         int rest = length - first_token;  // tokens from this lane's first one on
         auto place = [&](int pass) { return (pass & 1 ? odd_row : even_row) + 512 * pass; };
-        const u32 ring = rings + (4 * group + warp) * ROWS_AHEAD * (ROWS_BYTES + TURNS_BYTES);
+        constexpr u32 WARP_BYTES = ROWS_AHEAD * (ROWS_BYTES + TURNS_BYTES) + 2 * NORMS_BYTES;
+        const u32 ring = rings + (4 * group + warp) * WARP_BYTES;
         const u32 turn_ring = ring + ROWS_AHEAD * ROWS_BYTES;
-        const u32 scale = all_scales + 512 * group + 128 * warp + 4 * lane;
+        u32 own_norms = turn_ring + ROWS_AHEAD * TURNS_BYTES, own_scale = scales + 8 * (4 * group + warp);
         auto request = [&](int later, int pass, int n) {
             const int offset = later * PRODUCERS * TOKENS + 4 * pass;
             copy_row(ring + pass % ROWS_AHEAD * ROWS_BYTES, lane, k + offset * (u64)k_stride,
                      offset < rest);
             copy_turns(turn_ring + pass % ROWS_AHEAD * TURNS_BYTES, lane, turns + offset * PAIRS,
-                       rstd + offset, offset < rest);
-            if (pass == 0) copy_word(scale, k_scale + n / 2, n < stages);
+                       offset < rest);
+            if (ROTATION && pass == 0 && lane < 16) {  // lane l copies that of the warp's token l
+                const int ahead = offset + lane - (lane >> 3);
+                copy_word((later ? own_norms ^ NORMS_BYTES : own_norms) + 4 * lane,
+                          rstd + (u32)(batch * length + length - rest + ahead), ahead < rest);
+            }
+            if (pass == 0 && lane == 16)
+                copy_word(later ? own_scale ^ 4 : own_scale, k_scale + n / 2, n < stages);
             commit_copies();
         };
 #pragma unroll
@@ -154,22 +161,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
 #pragma unroll
             for (int i = 0; i < 8; i++) mean[half][i] *= UNIT;
         }
+        const float largest_mean = largest_magnitude(mean);
         load_weights(weight + head * HEAD_DIM + 8 * piece, weights);
         int slot = group, parity = 1;
 #pragma unroll 1
         for (int n = group; n < stages; n += PRODUCERS) {
             const u32 keys = slots + slot * SLOT_BYTES, values = keys + 2 * PART_BYTES;
-            barrier_wait(empty + 8 * slot, parity);
             float per_step;
+            bool large;  // by a block's scale, what is rounded lies within 127 steps
 #pragma unroll
             for (int pass = 0; pass < PASSES; pass++) {
                 const bool exists = 4 * pass < rest;
                 const u32 own = place(pass);
                 float x[2][8];
                 wait_copies<ROWS_AHEAD - 1>();
-                if (pass == 0) per_step = __fdividef(1.0f / UNIT, load_shared_float(scale));
-                read_row(x, ring + pass % ROWS_AHEAD * ROWS_BYTES,
-                         turn_ring + pass % ROWS_AHEAD * TURNS_BYTES, lane, weights, mean);
+                if (pass == 0) {
+                    __syncwarp();  // what other lanes have copied
+                    const float scale = load_shared_float(own_scale);
+                    per_step = reciprocal(UNIT * scale);
+                    large = __any_sync(ALL_LANES, fmaf(127.0f * UNIT, scale, largest_mean) > LARGE);
+                }
+                const float norm = load_shared_float(own_norms + 16 * pass + 4 * (lane >> 3));
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float2 angles[4];
+                    read_angles(angles, turn_ring + pass % ROWS_AHEAD * TURNS_BYTES, norm, lane, half);
+                    read_row(x[half], ring + pass % ROWS_AHEAD * ROWS_BYTES, lane, angles, weights[half],
+                             half, mean[half]);
+                }
+                if (pass == 0) barrier_wait(empty + 8 * slot, parity);
                 if (pass < 2)  // half of v each: it is there when the last pass begins
 #pragma unroll
                     for (int other = 2 * pass; other < 2 * pass + 2; other++) {
@@ -189,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
                 for (int half = 0; half < 2; half++)
 #pragma unroll
                     for (int i = 0; i < 8; i++) x[half][i] += mean[half][i];
-                take_features(x, exists);
+                take_features(x, exists, large);
                 store_shared(keys + own, pack(x[0]));
                 store_shared(keys + PART_BYTES + own, pack(x[1]));
 #endif
@@ -198,8 +218,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
             __syncwarp();
             if (lane == 0) barrier_arrive(full + 8 * slot);
             k += PRODUCERS * TOKENS * (u64)k_stride, v += PRODUCERS * TOKENS * (u64)v_stride;
-            turns += PRODUCERS * TOKENS * PAIRS, rstd += PRODUCERS * TOKENS, rest -= PRODUCERS * TOKENS;
-            k_int8 += PRODUCERS * PART_BYTES;
+            turns += PRODUCERS * TOKENS * PAIRS, rest -= PRODUCERS * TOKENS;
+            k_int8 += PRODUCERS * PART_BYTES, own_norms ^= NORMS_BYTES, own_scale ^= 4;
             slot += PRODUCERS;
             if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
         }
@@ -208,6 +228,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
         take_registers<CONSUMER_REGISTERS>();
         const bool stores = (thread & 127) == 0;
         v_fp8 += first_tile;
+        float own_factors[16];  // of the channels that a lane holds after a transposition
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            own_factors[i] = load_shared_float(factors + 4 * (8 * i + (lane >> 2)));
 #if LINEAR
         float lower[64], upper[64], lower_sums[4], upper_sums[4];  // set by the first products
 #endif
@@ -218,11 +242,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
             const u32 keys = slots + slot * SLOT_BYTES, tile = tiles + (n >> 1 & 1) * TILE_BYTES;
 #if LINEAR
             mma_fence();
+            const u64 first_a = descriptor(keys), first_b = descriptor(keys, PART_BYTES);
 #pragma unroll
             for (int step = 0; step < TOKENS / 16; step++) {
-                const u32 at = keys + 2048 * step;
-                const u64 a = descriptor(at), other_a = descriptor(at + PART_BYTES);
-                const u64 b = descriptor(at + 2 * PART_BYTES, PART_BYTES);
+                const u64 a = moved(first_a, 2048 * step), other_a = moved(a, PART_BYTES);
+                const u64 b = moved(first_b, 2048 * step + 2 * PART_BYTES);
                 multiply(lower, a, b, n + step);
                 multiply(upper, other_a, b, n + step);
                 add_tokens(lower_sums, a, ones, n + step);
@@ -232,15 +256,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
 #endif
             // A warp transposes 16 tokens, 16 channels at a time; a lane's two words are tokens 2t,
             // 2t + 1, 8 + 2t and 8 + 2t + 1, which sparse_attention.cu wants together.
+            u32 next[4];
+            auto request = [&](int j) {
+                load_transposed(next, keys + (2 + (j >> 2)) * PART_BYTES +
+                                          swizzled(16 * warp + (lane & 15), 2 * (j & 3) + (lane >> 4)));
+            };
+            request(0);
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                u32 m[4];
-                load_transposed(m, keys + (2 + (j >> 2)) * PART_BYTES +
-                                       swizzled(16 * warp + (lane & 15), 2 * (j & 3) + (lane >> 4)));
+                const u32 m[4] = {next[0], next[1], next[2], next[3]};
+                if (j < 7) request(j + 1);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const int channel = 8 * (2 * j + i) + (lane >> 2);
-                    const float factor = load_shared_float(factors + 4 * channel);
+                    const float factor = own_factors[2 * j + i];
                     const u32 low = m[2 * i], high = m[2 * i + 1];
                     const u32 word = pack_e4m3(__uint_as_float(low << 16) * factor,
                                                __uint_as_float(low & 0xFFFF0000u) * factor,
@@ -263,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_keys(
             if (++slot == SLOTS) slot = 0, parity ^= 1;
         }
 #if LINEAR
-        const long long part = (long long)head_of_all * gridDim.x + blockIdx.x;
+        const long long part = (long long)head_of_all * gridDim.y + blockIdx.y;
         const int state_row = 16 * warp + (lane >> 2);
         float *target = state + (part * HEAD_DIM + state_row) * HEAD_DIM + 2 * (lane & 3);
 #pragma unroll

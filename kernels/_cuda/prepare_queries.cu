@@ -2,20 +2,19 @@
 //
 //     branch = φ(q)·matrix / (φ(q)·normalizer + eps) + bias
 //
-// A program takes consecutive blocks of 64 tokens of HEADS heads, for which the tables are read once.
-// Each of its first warpgroups normalizes, rotates and rounds a block of its own, head by head, 8 lanes
-// a token, and leaves φ(q) and sums of channels in a slot of shared memory. The last one multiplies
-// the slots in turn, and stores the branch. So loads and arithmetic of some blocks run beside products
-// and stores of others.
+// A program takes consecutive blocks of 64 tokens of one head. Each of its first warpgroups normalizes,
+// rotates and rounds a block of its own, 8 lanes a token, and leaves φ(q) and sums of channels in a
+// slot of shared memory. The last one multiplies the slots in turn, and stores the branch. So loads and
+// arithmetic of some blocks run beside products and stores of others. Heads of the same tokens run
+// side by side, as they lie in memory and read the same tables.
 // The matrix's columns are in the order that gives a lane whole chunks of the result.
 // The normalizer is the matrix's last 8 columns, as the sum of two bf16 in neighbouring ones; φ(q)'s
 // scale divides out, so softmax needs no sum if eps has been added to the normalizer.
 
 constexpr int BLOCK = 64, THREADS = 128 * (PRODUCERS + 1);
 constexpr int COLUMNS = HEAD_DIM + 8, PASSES = 4;  // of 4 tokens of a warp
-static_assert(PASSES % ROWS_AHEAD == 0 && SLOTS >= PRODUCERS, "places in rings and slots");
-// After the last whole round no slot that is passed over may be needed again.
-static_assert(HEADS <= 2 && SLOTS > PRODUCERS, "slots of blocks that do not exist");
+static_assert(PASSES % ROWS_AHEAD == 0, "places in rings");
+static_assert(SLOTS >= PRODUCERS, "a slot for each");
 constexpr u32 HALF_BYTES = COLUMNS * 128, MATRIX_BYTES = 2 * HALF_BYTES;
 constexpr u32 TILE_BYTES = BLOCK * HEAD_DIM, SUMS_BYTES = 4 * HEAD_DIM * 4;
 constexpr u32 PART_BYTES = BLOCK * 128;  // 64 channels of φ(q)
@@ -36,6 +35,17 @@ DEVICE void multiply(float (&d)[68], u64 a, u64 b, int add) {
 }
 
 DEVICE u32 select_half(u32 a, u32 b, int upper) { return __byte_perm(a, b, upper ? 0x7632 : 0x5410); }
+
+// φ of a token's 16 channels in this lane.
+DEVICE void take_features(Chunk (&features)[2], const float (&x)[2][8]) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float values[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[i] = feature(x[half][i]);
+        features[half] = pack(values);
+    }
+}
 
 // Of eight rows from `k` on: `chunk` is eight channels of the result, which become 8 columns.
 DEVICE void place_matrix(u32 target, const u16 *matrix, int k, int chunk) {
@@ -82,15 +92,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
     long long q_batch, long long q_token, long long q_head) {
     extern __shared__ u8 memory[];
     const u32 matrices = (shared_address(memory) + 1023) & ~1023u;
-    const u32 features = matrices + LINEAR * HEADS * MATRIX_BYTES;
+    const u32 features = matrices + LINEAR * MATRIX_BYTES;
     const u32 all_sums = features + SLOTS * SLOT_BYTES, full = all_sums + SLOTS * SUMS_BYTES;
-    const u32 empty = full + 8 * SLOTS, all_weights = (empty + 8 * SLOTS + 15) & ~15u;
-    const u32 rings = all_weights + HEADS * 4 * HEAD_DIM;
-    const int thread = threadIdx.x, lane = thread & 31, warp = (thread >> 5) & 3, group = thread >> 7;
-    const int first_head = blockIdx.y * HEADS, batch = first_head / heads, head = first_head % heads;
-    const int first_block = blockIdx.x * per_part;
+    const u32 empty = full + 8 * SLOTS;
+    const u32 rings = (empty + 8 * SLOTS + RING_ALIGNMENT - 1) & ~(RING_ALIGNMENT - 1);
+    const int thread = threadIdx.x, lane = thread & 31, warp = uniform((thread >> 5) & 3);
+    const int group = uniform(thread >> 7);
+    const int head_of_all = blockIdx.x, batch = head_of_all / heads, head = head_of_all % heads;
+    const int first_block = blockIdx.y * per_part;
     const int count = min(per_part, blocks - first_block);
-    const long long first_place = (long long)first_head * blocks + first_block;
+    const long long first_place = (long long)head_of_all * blocks + first_block;
 
     if (thread == 0) {
         for (int slot = 0; slot < SLOTS; slot++) {
@@ -98,13 +109,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
             barrier_init(empty + 8 * slot, 4);
         }
         barriers_are_initialized();
-    }
-    if (ROTATION && thread < HEADS * HEAD_DIM / 8) {
-        float values[8];
-        load_weight(weight + head * HEAD_DIM + 8 * thread, values);
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            store_shared(all_weights + 32 * thread + 4 * i, __float_as_uint(values[i] * UNIT));
     }
     __syncthreads();
 
@@ -115,83 +119,83 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
         const int first_token = (first_block + group) * BLOCK + own_row;
         const u32 stride = q_token;
         q += batch * q_batch + head * q_head + 8 * piece + first_token * (u64)stride;
-        rstd += (long long)batch * length + first_token;
+        const int later_lanes = lane - (lane >> 3);  // lane l copies the norm of the warp's token l
+        rstd += (long long)batch * length + first_token + later_lanes;
         turns += (u64)(u32)first_token * PAIRS + 4 * piece;
         q_int8 += (first_place + group) * TILE_BYTES;
         q_scale += (first_place + group) * BLOCK + own_row;
         int rest = length - first_token;  // tokens from this lane's first one on
-        const u32 ring = rings + (4 * group + warp) * (ROWS_AHEAD * ROWS_BYTES + PASSES * TURNS_BYTES);
-        const u32 turn_ring = ring + ROWS_AHEAD * ROWS_BYTES;
-        auto request = [&](const u16 *source, int later, int pass) {
+        constexpr u32 RING_BYTES = ROWS_BYTES + TURNS_BYTES;
+        const u32 ring = rings + (4 * group + warp) * (ROWS_AHEAD * RING_BYTES + 2 * NORMS_BYTES);
+        u32 own_norms = ring + ROWS_AHEAD * RING_BYTES;
+        // Four tokens: of this block, or of the warpgroup's next one if `later`.
+        auto request = [&](int later, int pass) {
             const int offset = later * PRODUCERS * BLOCK + 4 * pass;
-            copy_row(ring + pass % ROWS_AHEAD * ROWS_BYTES, lane, source + offset * (u64)stride,
-                     offset < rest);
+            const u32 target = ring + pass % ROWS_AHEAD * RING_BYTES;
+            copy_row(target, lane, q + offset * (u64)stride, offset < rest);
+            copy_turns(target + ROWS_BYTES, lane, turns + offset * PAIRS, offset < rest);
+            if (ROTATION && pass == 0 && lane < 16)
+                copy_word((later ? own_norms ^ NORMS_BYTES : own_norms) + 4 * lane, rstd + offset,
+                          offset < rest - later_lanes);
             commit_copies();
         };
-        auto request_turns = [&](int later, int pass) {
-            const int offset = later * PRODUCERS * BLOCK + 4 * pass;
-            copy_turns(turn_ring + pass * TURNS_BYTES, lane, turns + offset * PAIRS, rstd + offset,
-                       offset < rest);
-        };
 #pragma unroll
-        for (int pass = 0; pass < PASSES; pass++) request_turns(0, pass);
-#pragma unroll
-        for (int pass = 0; pass < ROWS_AHEAD; pass++) request(q, 0, pass);
+        for (int pass = 0; pass < ROWS_AHEAD; pass++) request(0, pass);
         float weights[2][8];
-        float sums[2][8];  // of the block's tokens in this lane
-        // Four tokens of a head, and what is asked for meanwhile: of the same block and head, else from
-        // `next` on, which is the next head's, or after the last one the next block's.
-        auto prepare = [&](int pass, const u16 *own, const u16 *next, bool last_head, u32 target,
-                           u8 *tile, float *scale) {
-            float x[2][8];
-            wait_copies<ROWS_AHEAD - 1>();
-            read_row(x, ring + pass % ROWS_AHEAD * ROWS_BYTES, turn_ring + pass * TURNS_BYTES, lane,
-                     weights);
-            if (last_head) request_turns(1, pass);
-            if (pass + ROWS_AHEAD < PASSES)
-                request(own, 0, pass + ROWS_AHEAD);
-            else
-                request(next, last_head, pass + ROWS_AHEAD - PASSES);
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-#pragma unroll
-                for (int i = 0; i < 8; i++)
-                    sums[half][i] = pass ? sums[half][i] + x[half][i] : x[half][i];
-            const float amax = token_max(largest_magnitude(x));
-            const float largest = fmaxf(amax, 1e-8f * UNIT);
-            const float per_step = __fdividef(127.0f, largest);
-            const u32 place = (pass & 1 ? odd_row : even_row) + 512 * pass;
-            if (piece == 0) scale[4 * pass] = largest * (1.0f / (127.0f * UNIT));
-            uint4 rounded;
-            rounded.x = to_int8(x[0], per_step), rounded.y = to_int8(x[0] + 4, per_step);
-            rounded.z = to_int8(x[1], per_step), rounded.w = to_int8(x[1] + 4, per_step);
-            *(uint4 *)(tile + place) = rounded;
-#if LINEAR
-            keep_in_range(x, amax);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-#pragma unroll
-                for (int i = 0; i < 8; i++) x[half][i] = feature(x[half][i]);
-                store_shared(target + half * PART_BYTES + place, pack(x[half]));
-            }
-#endif
-        };
+        load_weights(weight + head * HEAD_DIM + 8 * piece, weights);
         int slot = group, parity = 1;
 #pragma unroll 1
-        for (int n = group, h = 0; n < count;) {
-            const u32 target = features + slot * SLOT_BYTES;
-            const bool last_head = HEADS == 1 || h == HEADS - 1;
-            const u16 *own = q + h * q_head, *next = last_head ? q : own + q_head;
-            u8 *tile = q_int8 + h * (u64)blocks * TILE_BYTES;
-            float *scale = q_scale + h * (u64)blocks * BLOCK;
-            if (ROTATION && (HEADS > 1 || n == group)) {
-                load_shared(all_weights + h * 512 + 32 * piece, weights[0]);
-                load_shared(all_weights + h * 512 + 256 + 32 * piece, weights[1]);
-            }
-            barrier_wait(empty + 8 * slot, parity);
+        for (int n = group; n < count; n += PRODUCERS) {
+            float sums[2][8];  // of the block's tokens in this lane
 #pragma unroll
-            for (int pass = 0; pass < PASSES; pass++)
-                prepare(pass, own, next, last_head, target, tile, scale);
+            for (int pass = 0; pass < PASSES; pass++) {
+                const u32 source = ring + pass % ROWS_AHEAD * RING_BYTES;
+                const u32 place = (pass & 1 ? odd_row : even_row) + 512 * pass;
+                float x[2][8];
+                wait_copies<ROWS_AHEAD - 1>();
+                if (pass == 0) __syncwarp();  // norms that other lanes have copied
+                const float norm = load_shared_float(own_norms + 16 * pass + 4 * (lane >> 3));
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float2 angles[4];
+                    read_angles(angles, source + ROWS_BYTES, norm, lane, half);
+                    read_row(x[half], source, lane, angles, weights[half], half);
+                }
+                request(pass + ROWS_AHEAD >= PASSES, (pass + ROWS_AHEAD) % PASSES);
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+#pragma unroll
+                    for (int i = 0; i < 8; i++)
+                        sums[half][i] = pass ? sums[half][i] + x[half][i] : x[half][i];
+                if (pass == 0) barrier_wait(empty + 8 * slot, parity);
+                const float own_largest = largest_magnitude(x);
+                float largest;
+#if LINEAR
+                // φ(q) is taken while the token's largest channel is on its way between lanes.
+                Chunk phi[2];
+                if (MAP == 0 && __any_sync(ALL_LANES, own_largest > LARGE)) {
+                    largest = token_max(own_largest);
+                    float lowered[2][8];
+                    memcpy(lowered, x, sizeof x);
+                    subtract_largest(lowered);
+                    take_features(phi, lowered);
+                } else {
+                    take_features(phi, x);
+                    largest = token_max(own_largest);
+                }
+                store_shared(features + slot * SLOT_BYTES + place, phi[0]);
+                store_shared(features + slot * SLOT_BYTES + PART_BYTES + place, phi[1]);
+#else
+                largest = token_max(own_largest);
+#endif
+                largest = fmaxf(largest, 1e-8f * UNIT);
+                const float per_step = 127.0f * reciprocal(largest);
+                if (piece == 0) q_scale[4 * pass] = largest * (1.0f / (127.0f * UNIT));
+                uint4 rounded;
+                rounded.x = to_int8(x[0], per_step), rounded.y = to_int8(x[0] + 4, per_step);
+                rounded.z = to_int8(x[1], per_step), rounded.w = to_int8(x[1] + 4, per_step);
+                *(uint4 *)(q_int8 + place) = rounded;
+            }
             // The 4 tokens of a warp: each lane keeps half of its channels, then a quarter.
             const bool upper = lane & 16, later = lane & 8;
             float kept[8], quarter[4];
@@ -210,14 +214,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
             fence_async();
             __syncwarp();
             if (lane == 0) barrier_arrive(full + 8 * slot);
-            if (last_head) {
-                q += PRODUCERS * BLOCK * (u64)stride, rest -= PRODUCERS * BLOCK;
-                turns += PRODUCERS * BLOCK * PAIRS, rstd += PRODUCERS * BLOCK;
-                q_int8 += PRODUCERS * TILE_BYTES, q_scale += PRODUCERS * BLOCK;
-                n += PRODUCERS, h = 0;
-            } else {
-                h++;
-            }
+            q += PRODUCERS * BLOCK * (u64)stride, rest -= PRODUCERS * BLOCK;
+            turns += PRODUCERS * BLOCK * PAIRS, rstd += PRODUCERS * BLOCK, own_norms ^= NORMS_BYTES;
+            q_int8 += PRODUCERS * TILE_BYTES, q_scale += PRODUCERS * BLOCK;
             slot += PRODUCERS;
             if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
         }
@@ -227,13 +226,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
         const int g = lane >> 2, t = lane & 3, own = thread & 127;
         q_means += first_place * HEAD_DIM + own;
 #if LINEAR
-        for (int task = own; task < HEADS * 256; task += 128)
-            place_matrix(matrices + task / 256 * MATRIX_BYTES,
-                         matrix + (first_head + task / 256) * HEAD_DIM * HEAD_DIM, task / 16 % 16 * 8,
-                         task % 16);
-        for (int h = 0; h < HEADS; h++)
-            place_normalizer(matrices + h * MATRIX_BYTES, normalizer + (first_head + h) * HEAD_DIM,
-                             own / 8 * 8, own % 8, eps);
+        for (int task = own; task < 256; task += 128)
+            place_matrix(matrices, matrix + head_of_all * HEAD_DIM * HEAD_DIM, task / 16 * 8, task % 16);
+        place_normalizer(matrices, normalizer + head_of_all * HEAD_DIM, own / 8 * 8, own % 8, eps);
         float biases[4][8] = {};
 #pragma unroll
         for (int m = 0; m < 4; m++)
@@ -242,26 +237,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
         wait_for_warpgroup(1);
 #endif
         branch += ((long long)batch * length * heads + head) * HEAD_DIM + 8 * t;
-        // Slots come as the warpgroups fill them: each one's block of the first head, of the next.
-        int slot = -1, parity = 0;
+        int slot = 0, parity = 0;
 #pragma unroll 1
-        for (int producer = 0, h = 0, first = 0; first < count; producer++) {
-            if (producer == PRODUCERS) {
-                producer = 0;
-                if (++h == HEADS) h = 0, first += PRODUCERS;
-            }
-            if (++slot == SLOTS) slot = 0, parity ^= 1;
-            const int n = first + producer, first_token = (first_block + n) * BLOCK;
-            if (n >= count) continue;
+        for (int n = 0; n < count; n++) {
+            const int first_token = (first_block + n) * BLOCK;
             barrier_wait(full + 8 * slot, parity);
 #if LINEAR
             float d[68];
             mma_fence();
+            const u64 a = descriptor(features + slot * SLOT_BYTES);
+            const u64 b = descriptor(matrices);
 #pragma unroll
             for (int step = 0; step < 8; step++) {
                 const u32 half = step >> 2, columns = 32 * (step & 3);
-                multiply(d, descriptor(features + slot * SLOT_BYTES + half * PART_BYTES + columns),
-                         descriptor(matrices + h * MATRIX_BYTES + half * HALF_BYTES + columns), step);
+                multiply(d, moved(a, half * PART_BYTES + columns), moved(b, half * HALF_BYTES + columns),
+                         step);
             }
             mma_commit();
 #endif
@@ -269,8 +259,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 sum += load_shared_float(all_sums + slot * SUMS_BYTES + i * 512 + 4 * own);
-            q_means[(h * (u64)blocks + n) * HEAD_DIM] =
-                __fdividef(sum, UNIT * min(BLOCK, length - first_token));
+            q_means[n * HEAD_DIM] = __fdividef(sum, UNIT * min(BLOCK, length - first_token));
 #if LINEAR
             mma_wait<0>();
 #endif
@@ -283,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
                 if (token >= length) continue;
                 const float divisor = d[64 + 2 * r] + d[65 + 2 * r] + (MAP == 0 ? 0.0f : eps);
                 const float factor = __fdividef(1.0f, divisor);
-                u16 *target = branch + (token * (u64)(u32)heads + h) * HEAD_DIM;
+                u16 *target = branch + token * (u64)(u32)heads * HEAD_DIM;
 #pragma unroll
                 for (int m = 0; m < 4; m++) {
                     float result[8];
@@ -295,6 +284,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
                 }
             }
 #endif
+            if (++slot == SLOTS) slot = 0, parity ^= 1;
         }
     }
 }

@@ -81,20 +81,28 @@ DEVICE void load_weight(const Weight *at, float (&values)[8]) {
 #endif
 }
 
-// RMSNorm of 8 channels, then the rotation of their 4 pairs by the token's angles, less `mean`.
+// Cosines and sines of 4 pairs, times `factor`.
 //
 // A word of `turns` is a pair's cosine in the lower half and its sine in the upper, both rounded to
 // 16384 + 16383·x with the highest bit set, as measure_rms.cu packs them. With 0x3F above and zeros
 // below, a half is a float F in 1 … 2, of which x is F · 32768 / 16383 − 49152 / 16383.
-DEVICE void normalize_and_turn(float (&x)[8], float rstd, const float (&weight)[8],
-                               const Chunk &turns, const float *mean = nullptr) {
-    const float scale = rstd * (32768.0f / 16383.0f), offset = rstd * (-49152.0f / 16383.0f);
+DEVICE void unpack_angles(float2 (&angles)[4], const Chunk &turns, float factor) {
+    const float scale = factor * (32768.0f / 16383.0f), offset = factor * (-49152.0f / 16383.0f);
 #pragma unroll
     for (int p = 0; p < 4; p++) {
         const u32 word = turns.pairs[p];
+        angles[p].x = fmaf(__uint_as_float(__byte_perm(word, 0x3F000000u, 0x7104)), scale, offset);
+        angles[p].y = fmaf(__uint_as_float(__byte_perm(word, 0x3F000000u, 0x7324)), scale, offset);
+    }
+}
+
+// The rotation of 4 pairs times their weights, less `mean`.
+DEVICE void turn(float (&x)[8], const float2 (&angles)[4], const float (&weight)[8],
+                 const float *mean = nullptr) {
+#pragma unroll
+    for (int p = 0; p < 4; p++) {
         const float even = x[2 * p] * weight[2 * p], odd = x[2 * p + 1] * weight[2 * p + 1];
-        const float cos = fmaf(__uint_as_float(__byte_perm(word, 0x3F000000u, 0x7104)), scale, offset);
-        const float sin = fmaf(__uint_as_float(__byte_perm(word, 0x3F000000u, 0x7324)), scale, offset);
+        const float cos = angles[p].x, sin = angles[p].y;
         x[2 * p] = fmaf(even, cos, mean ? fmaf(-odd, sin, -mean[2 * p]) : -odd * sin);
         x[2 * p + 1] = fmaf(even, sin, mean ? fmaf(odd, cos, -mean[2 * p + 1]) : odd * cos);
     }
@@ -107,8 +115,10 @@ DEVICE void copy_word(u32 target, const void *source, bool exists) {
 }
 
 // Where 4 tokens of a warp arrive, 8 lanes a token: of lane 8t + `piece`, chunks `piece` and `piece` + 8
-// of k or q; as many of the tables, and the norm. A lane reads what it has copied itself.
-constexpr u32 ROWS_BYTES = 2 * 512, TURNS_BYTES = ROTATION * (2 * 512 + 128);
+// of k or q, and as many of the tables. A lane reads what it has copied itself, but for the norms of
+// the warp's 16 tokens of a block, copied by a lane each: many copies of one word take a cycle each.
+constexpr u32 ROWS_BYTES = 2 * 512, TURNS_BYTES = ROTATION * 2 * 512, NORMS_BYTES = 64;
+constexpr u32 RING_ALIGNMENT = 2 * NORMS_BYTES;  // of two blocks, so that ^ NORMS_BYTES changes them
 
 // Zeros if the token does not exist.
 DEVICE void copy_row(u32 target, int lane, const u16 *x, bool exists) {
@@ -116,33 +126,32 @@ DEVICE void copy_row(u32 target, int lane, const u16 *x, bool exists) {
     copy_chunk(target + 16 * lane + 512, x + 64, exists);
 }
 
-// A norm of zero, beside tables of finite numbers, if the token does not exist.
-DEVICE void copy_turns(u32 target, int lane, const u32 *turns, const float *rstd, bool exists) {
+DEVICE void copy_turns(u32 target, int lane, const u32 *turns, bool exists) {
 #if ROTATION
     copy_chunk(target + 16 * lane, turns, exists);
     copy_chunk(target + 16 * lane + 512, turns + 32, exists);
-    copy_word(target + 4 * lane + 1024, rstd, exists);
 #endif
 }
 
-// The copied channels times UNIT, normalized and rotated by weights that have it, less `mean`.
-DEVICE void read_row(float (&x)[2][8], u32 rows, u32 turns, int lane, const float (&weights)[2][8],
-                     const float (*mean)[8] = nullptr) {
+// Cosines and sines of the lane's pairs in one half of the channels, times `rstd`: zeros, as tables are
+// of finite numbers, if the token does not exist.
+DEVICE void read_angles(float2 (&angles)[4], u32 turns, float rstd, int lane, int half) {
 #if ROTATION
-    const float rstd = load_shared_float(turns + 4 * lane + 1024);
+    unpack_angles(angles, load_shared(turns + 16 * lane + 512 * half), rstd);
 #endif
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        unpack(load_shared(rows + 16 * lane + 512 * half), x[half]);
+}
+
+// The lane's channels in one half times UNIT, less `mean`: rotated by weights that have UNIT, if they
+// are to be rotated.
+DEVICE void read_row(float (&x)[8], u32 rows, int lane, const float2 (&angles)[4],
+                     const float (&weight)[8], int half, const float *mean = nullptr) {
+    unpack(load_shared(rows + 16 * lane + 512 * half), x);
 #if ROTATION
-        normalize_and_turn(x[half], rstd, weights[half],
-                           load_shared(turns + 16 * lane + 512 * half), mean ? mean[half] : nullptr);
+    turn(x, angles, weight, mean);
 #else
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            x[half][i] = fmaf(x[half][i], UNIT, mean ? -mean[half][i] : 0.0f);
+    for (int i = 0; i < 8; i++) x[i] = fmaf(x[i], UNIT, mean ? -mean[i] : 0.0f);
 #endif
-    }
 }
 
 // RMSNorm's weights of a lane's channels, times UNIT.
@@ -191,21 +200,27 @@ DEVICE float feature(float x) {
 #endif
 }
 
-// Softmax does not change if a token's largest channel is subtracted from all: done only where powers
-// of two may become so large that their products overflow. `magnitude` is the lane's or the token's.
-DEVICE void keep_in_range(float (&x)[2][8], float magnitude) {
-    if (MAP == 0 && __any_sync(ALL_LANES, magnitude > 40.0f)) {
-        float largest = x[0][0];
+// Channels beyond this make powers of two so large that their products may overflow.
+constexpr float LARGE = 40.0f;
+
+// Of a lane's channels, with its sign.
+DEVICE float largest_channel(const float (&x)[2][8]) {
+    float largest = x[0][0];
 #pragma unroll
-        for (int half = 0; half < 2; half++)
+    for (int half = 0; half < 2; half++)
 #pragma unroll
-            for (int i = 0; i < 8; i++) largest = fmaxf(largest, x[half][i]);
-        largest = token_max(largest);
+        for (int i = 0; i < 8; i++) largest = fmaxf(largest, x[half][i]);
+    return largest;
+}
+
+// Softmax does not change if a token's largest channel is subtracted from all: done where some of the
+// warp's are large.
+DEVICE void subtract_largest(float (&x)[2][8]) {
+    const float largest = token_max(largest_channel(x));
 #pragma unroll
-        for (int half = 0; half < 2; half++)
+    for (int half = 0; half < 2; half++)
 #pragma unroll
-            for (int i = 0; i < 8; i++) x[half][i] -= largest;
-    }
+        for (int i = 0; i < 8; i++) x[half][i] -= largest;
 }
 
 // round_half_even(x · factor) of 4 values, which lie in −127 … 127.

@@ -78,7 +78,7 @@ def test_parts_cover_all_blocks_and_none_is_empty(cuda, blocks, heads, programs)
     assert (parts - 1) * per_part < blocks <= parts * per_part
 
 
-@pytest.mark.parametrize(("blocks", "heads"), [(256, 12), (591, 40), (512, 6), (1182, 20)])
+@pytest.mark.parametrize(("blocks", "heads"), [(256, 12), (591, 40), (512, 12), (1182, 40)])
 def test_at_the_models_shapes_few_multiprocessors_wait(cuda, blocks, heads):
     per_part, parts = cuda._parts(blocks, heads, 132)
     turns = -(-heads * parts // 132)
@@ -242,6 +242,20 @@ def test_softmax_of_channels_of_any_size(cuda, operands, size, device):
     if size < 1e3:  # beyond, no key has the channel that a query chooses: 0 / 0 without eps
         expected = linear_branch(q.double(), k.double(), v + 2, "softmax")
         assert relative_error(expected @ projected.weight.double().T, actual) < 0.01
+
+
+@pytest.mark.gpu
+def test_softmax_of_keys_whose_mean_is_large(cuda, operands, device):
+    """Rounded keys are small then, and the features must still stay in range."""
+    if capability_of(device)[:2] != ("sm", 9):
+        pytest.skip("written for sm90")
+    q, k, v = heads_of_one_product(1, 2, 300, torch.bfloat16, device)
+    k[:, :, :, ::2] += 200
+    projected = operands.Projection(*projection(device), "softmax")
+    ready = cuda.prepare(q, k, v + 2, None, projected)
+    expected = linear_branch(q.double(), k.double(), v + 2, "softmax")
+    actual = ready.branch.transpose(1, 2).double() - projected.bias.double()
+    assert relative_error(expected @ projected.weight.double().T, actual) < 0.01
 
 
 @pytest.mark.gpu
