@@ -75,7 +75,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 6) measure_keys(
             float x[8];
             unpack(load_shared(source + 1024 * n), x);
 #if ROTATION
-            normalize_and_turn(x, rstd[token], weights, load_table(turns + token * PAIRS));
+            float2 angles[4];
+            unpack_angles(angles, load_table(turns + token * PAIRS), rstd[token]);
+            turn(x, angles, weights);
 #endif
 #pragma unroll
             for (int i = 0; i < 8; i++) {
