@@ -200,7 +200,9 @@ def prepare_queries(
     """Write the tiles, their scales, the block means and, with a projection, `branch`."""
     heads, length = q.shape[1:3]
     all_heads, blocks = q_scale.shape[:2]
-    per_part, parts = _parts(blocks, all_heads, multiprocessors(q.device))
+    programs = multiprocessors(q.device)
+    per_part, parts = _parts(blocks, all_heads, programs, between=0.25)
+    tasks = all_heads * parts
     defines = {**_PIPELINE, "SLOTS": _QUERY_SLOTS}
     matrix = 2 * (HEAD_DIM + 8) * 128 if linear else 0
     features = _QUERY_SLOTS * BLOCK_Q * HEAD_DIM * 2 if linear else 0
@@ -212,9 +214,9 @@ def prepare_queries(
     _load(
         "prepare_queries", q, {**tables.defines(), **_branch(projection), **defines}, shared_bytes
     ).launch(
-        (all_heads, parts), _THREADS,
+        (min(tasks, programs),), _THREADS,
         q, *tables.arguments(), *(linear or (None, None)), bias, q_int8, q_scale, q_means, branch,
-        NORMALIZER_EPS * HEAD_DIM / length, length, heads, blocks, per_part,
+        NORMALIZER_EPS * HEAD_DIM / length, length, heads, all_heads, blocks, per_part, tasks,
         *_strides(q),
     )  # fmt: skip
 
@@ -232,14 +234,15 @@ def _load(name: str, x: torch.Tensor, defines: dict[str, int], shared_bytes: int
     )  # fmt: skip
 
 
-def _parts(blocks: int, heads: int, programs: int) -> tuple[int, int]:
-    """How many consecutive blocks of a head a program takes, and how many programs that makes.
+def _parts(blocks: int, heads: int, programs: int, between: float = 3.0) -> tuple[int, int]:
+    """How many consecutive blocks of a head are taken together, and how many parts that makes.
 
-    `programs` run at a time; each costs about as much as three more blocks to start and to end.
+    `programs` run at a time; from one part to the next takes about as long as `between` blocks:
+    three to end a program and to start another, little for one that goes on.
     """
 
-    def cost(parts: int) -> int:
-        return -(-heads * parts // programs) * (-(-blocks // parts) + 3)
+    def cost(parts: int) -> float:
+        return -(-heads * parts // programs) * (-(-blocks // parts) + between)
 
     best = min(range(1, min(blocks, 4 * programs) + 1), key=cost)
     per_part = -(-blocks // best)

@@ -2,11 +2,12 @@
 //
 //     branch = φ(q)·matrix / (φ(q)·normalizer + eps) + bias
 //
-// A program takes consecutive blocks of 64 tokens of one head. Each of its first warpgroups normalizes,
-// rotates and rounds a block of its own, 8 lanes a token, and leaves φ(q) and sums of channels in a
-// slot of shared memory. The last one multiplies the slots in turn, and stores the branch. So loads and
-// arithmetic of some blocks run beside products and stores of others. Heads of the same tokens run
-// side by side, as they lie in memory and read the same tables.
+// A task is `per_part` consecutive blocks of 64 tokens of one head; tasks of the same tokens are next to
+// each other, as their heads lie in memory and read the same tables. A program takes one task after
+// the other. Each of its first warpgroups normalizes, rotates and rounds a block of its own, 8 lanes a
+// token, and leaves φ(q) and sums of channels in a slot of shared memory. The last one multiplies the
+// slots in turn, and stores the branch. So loads and arithmetic of some blocks run beside products and
+// stores of others, across tasks too.
 // The matrix's columns are in the order that gives a lane whole chunks of the result.
 // The normalizer is the matrix's last 8 columns, as the sum of two bf16 in neighbouring ones; φ(q)'s
 // scale divides out, so softmax needs no sum if eps has been added to the normalizer.
@@ -88,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
     float *q_scale,           // (B·H, NQ, 64)
     float *q_means,           // (B·H, NQ, 128)
     u16 *branch,              // (B, L, H, 128) bf16
-    float eps, int length, int heads, int blocks, int per_part,
+    float eps, int length, int heads, int all_heads, int blocks, int per_part, int tasks,
     long long q_batch, long long q_token, long long q_head) {
     extern __shared__ u8 memory[];
     const u32 matrices = (shared_address(memory) + 1023) & ~1023u;
@@ -98,10 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
     const u32 rings = (empty + 8 * SLOTS + RING_ALIGNMENT - 1) & ~(RING_ALIGNMENT - 1);
     const int thread = threadIdx.x, lane = thread & 31, warp = uniform((thread >> 5) & 3);
     const int group = uniform(thread >> 7);
-    const int head_of_all = blockIdx.x, batch = head_of_all / heads, head = head_of_all % heads;
-    const int first_block = blockIdx.y * per_part;
-    const int count = min(per_part, blocks - first_block);
-    const long long first_place = (long long)head_of_all * blocks + first_block;
+    auto blocks_of = [&](int task) { return min(per_part, blocks - task / all_heads * per_part); };
 
     if (thread == 0) {
         for (int slot = 0; slot < SLOTS; slot++) {
@@ -116,41 +114,64 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
         give_registers<PRODUCER_REGISTERS>();
         const int piece = lane & 7, own_row = 16 * warp + (lane >> 3);  // and 4, 8, 12 after it
         const u32 even_row = swizzled(own_row, piece), odd_row = even_row ^ 64;  // of tiles
-        const int first_token = (first_block + group) * BLOCK + own_row;
+        const int token_of_lane = 16 * warp + lane;  // lane l copies the norm of the warp's token l
         const u32 stride = q_token;
-        q += batch * q_batch + head * q_head + 8 * piece + first_token * (u64)stride;
-        const int later_lanes = lane - (lane >> 3);  // lane l copies the norm of the warp's token l
-        rstd += (long long)batch * length + first_token + later_lanes;
-        turns += (u64)(u32)first_token * PAIRS + 4 * piece;
-        q_int8 += (first_place + group) * TILE_BYTES;
-        q_scale += (first_place + group) * BLOCK + own_row;
-        int rest = length - first_token;  // tokens from this lane's first one on
+        // The block that a warpgroup takes, and the one after it, whose tokens are asked for meanwhile.
+        struct Place {
+            int task, head_of_all, first_row;  // of the batch in `rstd`
+            int n, count, block;  // of the task's blocks; of the head's, none if there is no such task
+            const u16 *q;         // of the lane's first token
+        };
+        auto locate = [&](int task, int n) {
+            while (task < tasks && n >= blocks_of(task)) n -= blocks_of(task), task += gridDim.x;
+            const int head_of_all = task % all_heads, batch = head_of_all / heads;
+            const int block = task < tasks ? task / all_heads * per_part + n : blocks;
+            const u16 *own = q + batch * q_batch + head_of_all % heads * q_head + 8 * piece;
+            return Place{task, head_of_all, batch * length, n, blocks_of(task), block,
+                         own + (block * BLOCK + own_row) * (u64)stride};
+        };
+        auto after = [&](const Place &place) {
+            const int n = place.n + PRODUCERS;
+            if (n >= place.count) return locate(place.task, n);
+            Place next = place;
+            next.n = n, next.block += PRODUCERS, next.q += PRODUCERS * BLOCK * (u64)stride;
+            return next;
+        };
         constexpr u32 RING_BYTES = ROWS_BYTES + TURNS_BYTES;
         const u32 ring = rings + (4 * group + warp) * (ROWS_AHEAD * RING_BYTES + 2 * NORMS_BYTES);
         u32 own_norms = ring + ROWS_AHEAD * RING_BYTES;
-        // Four tokens: of this block, or of the warpgroup's next one if `later`.
-        auto request = [&](int later, int pass) {
-            const int offset = later * PRODUCERS * BLOCK + 4 * pass;
+        auto request = [&](const Place &of, u32 norms, int pass) {
+            const int token = of.block * BLOCK + own_row + 4 * pass;
             const u32 target = ring + pass % ROWS_AHEAD * RING_BYTES;
-            copy_row(target, lane, q + offset * (u64)stride, offset < rest);
-            copy_turns(target + ROWS_BYTES, lane, turns + offset * PAIRS, offset < rest);
+            copy_row(target, lane, of.q + 4 * pass * (u64)stride, token < length);
+            copy_turns(target + ROWS_BYTES, lane, turns + (u64)(u32)token * PAIRS + 4 * piece,
+                       token < length);
+            const int own = of.block * BLOCK + token_of_lane;
             if (ROTATION && pass == 0 && lane < 16)
-                copy_word((later ? own_norms ^ NORMS_BYTES : own_norms) + 4 * lane, rstd + offset,
-                          offset < rest - later_lanes);
+                copy_word(norms + 4 * lane, rstd + (u32)(of.first_row + own),
+                          own < length);
             commit_copies();
         };
+        Place place = locate(blockIdx.x, group);
 #pragma unroll
-        for (int pass = 0; pass < ROWS_AHEAD; pass++) request(0, pass);
+        for (int pass = 0; pass < ROWS_AHEAD; pass++) request(place, own_norms, pass);
         float weights[2][8];
-        load_weights(weight + head * HEAD_DIM + 8 * piece, weights);
-        int slot = group, parity = 1;
+        int slot = group, parity = 1, weighted = -1;
 #pragma unroll 1
-        for (int n = group; n < count; n += PRODUCERS) {
+        while (place.task < tasks) {
+            const Place next = after(place);
+            if (place.head_of_all != weighted) {
+                weighted = place.head_of_all;
+                load_weights(weight + weighted % heads * HEAD_DIM + 8 * piece, weights);
+            }
+            const u64 index = (u64)(u32)place.head_of_all * (u32)blocks + (u32)place.block;
+            u8 *tile = q_int8 + index * TILE_BYTES;
+            float *scale = q_scale + index * BLOCK + own_row;
             float sums[2][8];  // of the block's tokens in this lane
 #pragma unroll
             for (int pass = 0; pass < PASSES; pass++) {
                 const u32 source = ring + pass % ROWS_AHEAD * RING_BYTES;
-                const u32 place = (pass & 1 ? odd_row : even_row) + 512 * pass;
+                const u32 row = (pass & 1 ? odd_row : even_row) + 512 * pass;
                 float x[2][8];
                 wait_copies<ROWS_AHEAD - 1>();
                 if (pass == 0) __syncwarp();  // norms that other lanes have copied
@@ -161,7 +182,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
                     read_angles(angles, source + ROWS_BYTES, norm, lane, half);
                     read_row(x[half], source, lane, angles, weights[half], half);
                 }
-                request(pass + ROWS_AHEAD >= PASSES, (pass + ROWS_AHEAD) % PASSES);
+                if (pass + ROWS_AHEAD < PASSES)
+                    request(place, own_norms, pass + ROWS_AHEAD);
+                else
+                    request(next, own_norms ^ NORMS_BYTES, pass + ROWS_AHEAD - PASSES);
 #pragma unroll
                 for (int half = 0; half < 2; half++)
 #pragma unroll
@@ -183,18 +207,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
                     take_features(phi, x);
                     largest = token_max(own_largest);
                 }
-                store_shared(features + slot * SLOT_BYTES + place, phi[0]);
-                store_shared(features + slot * SLOT_BYTES + PART_BYTES + place, phi[1]);
+                store_shared(features + slot * SLOT_BYTES + row, phi[0]);
+                store_shared(features + slot * SLOT_BYTES + PART_BYTES + row, phi[1]);
 #else
                 largest = token_max(own_largest);
 #endif
                 largest = fmaxf(largest, 1e-8f * UNIT);
                 const float per_step = 127.0f * reciprocal(largest);
-                if (piece == 0) q_scale[4 * pass] = largest * (1.0f / (127.0f * UNIT));
+                if (piece == 0) scale[4 * pass] = largest * (1.0f / (127.0f * UNIT));
                 uint4 rounded;
                 rounded.x = to_int8(x[0], per_step), rounded.y = to_int8(x[0] + 4, per_step);
                 rounded.z = to_int8(x[1], per_step), rounded.w = to_int8(x[1] + 4, per_step);
-                *(uint4 *)(q_int8 + place) = rounded;
+                *(uint4 *)(tile + row) = rounded;
             }
             // The 4 tokens of a warp: each lane keeps half of its channels, then a quarter.
             const bool upper = lane & 16, later = lane & 8;
@@ -214,9 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
             fence_async();
             __syncwarp();
             if (lane == 0) barrier_arrive(full + 8 * slot);
-            q += PRODUCERS * BLOCK * (u64)stride, rest -= PRODUCERS * BLOCK;
-            turns += PRODUCERS * BLOCK * PAIRS, rstd += PRODUCERS * BLOCK, own_norms ^= NORMS_BYTES;
-            q_int8 += PRODUCERS * TILE_BYTES, q_scale += PRODUCERS * BLOCK;
+            place = next, own_norms ^= NORMS_BYTES;
             slot += PRODUCERS;
             if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;
         }
@@ -224,67 +246,76 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
     } else {
         take_registers<CONSUMER_REGISTERS>();
         const int g = lane >> 2, t = lane & 3, own = thread & 127;
-        q_means += first_place * HEAD_DIM + own;
+        int slot = 0, parity = 0;
 #if LINEAR
-        for (int task = own; task < 256; task += 128)
-            place_matrix(matrices, matrix + head_of_all * HEAD_DIM * HEAD_DIM, task / 16 * 8, task % 16);
-        place_normalizer(matrices, normalizer + head_of_all * HEAD_DIM, own / 8 * 8, own % 8, eps);
         float biases[4][8] = {};
 #pragma unroll
         for (int m = 0; m < 4; m++)
             if (bias) load_floats(bias + 32 * m + 8 * t, biases[m]);
-        fence_async();
-        wait_for_warpgroup(1);
 #endif
-        branch += ((long long)batch * length * heads + head) * HEAD_DIM + 8 * t;
-        int slot = 0, parity = 0;
 #pragma unroll 1
-        for (int n = 0; n < count; n++) {
-            const int first_token = (first_block + n) * BLOCK;
-            barrier_wait(full + 8 * slot, parity);
+        for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
+            const int head_of_all = task % all_heads, batch = head_of_all / heads;
+            const int first_block = task / all_heads * per_part, count = blocks_of(task);
+            float *means = q_means + ((u64)(u32)head_of_all * (u32)blocks + first_block) * HEAD_DIM + own;
+            u16 *of_head = branch + ((long long)batch * length * heads + head_of_all % heads) * HEAD_DIM;
 #if LINEAR
-            float d[68];
-            mma_fence();
-            const u64 a = descriptor(features + slot * SLOT_BYTES);
-            const u64 b = descriptor(matrices);
-#pragma unroll
-            for (int step = 0; step < 8; step++) {
-                const u32 half = step >> 2, columns = 32 * (step & 3);
-                multiply(d, moved(a, half * PART_BYTES + columns), moved(b, half * HALF_BYTES + columns),
-                         step);
-            }
-            mma_commit();
+            wait_for_warpgroup(1);  // the last products have read the matrix
+            for (int piece = own; piece < 256; piece += 128)
+                place_matrix(matrices, matrix + head_of_all * HEAD_DIM * HEAD_DIM, piece / 16 * 8,
+                             piece % 16);
+            place_normalizer(matrices, normalizer + head_of_all * HEAD_DIM, own / 8 * 8, own % 8, eps);
+            fence_async();
+            wait_for_warpgroup(1);
 #endif
-            float sum = 0.0f;
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                sum += load_shared_float(all_sums + slot * SUMS_BYTES + i * 512 + 4 * own);
-            q_means[n * HEAD_DIM] = __fdividef(sum, UNIT * min(BLOCK, length - first_token));
+#pragma unroll 1
+            for (int n = 0; n < count; n++) {
+                const int first_token = (first_block + n) * BLOCK;
+                barrier_wait(full + 8 * slot, parity);
 #if LINEAR
-            mma_wait<0>();
-#endif
-            __syncwarp();
-            if (lane == 0) barrier_arrive(empty + 8 * slot);
-#if LINEAR
+                float d[68];
+                mma_fence();
+                const u64 a = descriptor(features + slot * SLOT_BYTES);
+                const u64 b = descriptor(matrices);
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const u32 token = first_token + 16 * warp + g + 8 * r;
-                if (token >= length) continue;
-                const float divisor = d[64 + 2 * r] + d[65 + 2 * r] + (MAP == 0 ? 0.0f : eps);
-                const float factor = __fdividef(1.0f, divisor);
-                u16 *target = branch + token * (u64)(u32)heads * HEAD_DIM;
-#pragma unroll
-                for (int m = 0; m < 4; m++) {
-                    float result[8];
-#pragma unroll
-                    for (int i = 0; i < 8; i++)
-                        result[i] = fmaf(d[16 * m + 4 * (i >> 1) + 2 * r + (i & 1)], factor,
-                                         biases[m][i]);
-                    *(Chunk *)(target + 32 * m) = pack(result);
+                for (int step = 0; step < 8; step++) {
+                    const u32 half = step >> 2, columns = 32 * (step & 3);
+                    multiply(d, moved(a, half * PART_BYTES + columns), moved(b, half * HALF_BYTES + columns),
+                             step);
                 }
-            }
+                mma_commit();
 #endif
-            if (++slot == SLOTS) slot = 0, parity ^= 1;
+                float sum = 0.0f;
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    sum += load_shared_float(all_sums + slot * SUMS_BYTES + i * 512 + 4 * own);
+                means[n * HEAD_DIM] = __fdividef(sum, UNIT * min(BLOCK, length - first_token));
+#if LINEAR
+                mma_wait<0>();
+#endif
+                __syncwarp();
+                if (lane == 0) barrier_arrive(empty + 8 * slot);
+#if LINEAR
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    const u32 token = first_token + 16 * warp + g + 8 * r;
+                    if (token >= length) continue;
+                    const float divisor = d[64 + 2 * r] + d[65 + 2 * r] + (MAP == 0 ? 0.0f : eps);
+                    const float factor = __fdividef(1.0f, divisor);
+                    u16 *target = of_head + token * (u64)(u32)heads * HEAD_DIM + 8 * t;
+#pragma unroll
+                    for (int m = 0; m < 4; m++) {
+                        float result[8];
+#pragma unroll
+                        for (int i = 0; i < 8; i++)
+                            result[i] = fmaf(d[16 * m + 4 * (i >> 1) + 2 * r + (i & 1)], factor,
+                                             biases[m][i]);
+                        *(Chunk *)(target + 32 * m) = pack(result);
+                    }
+                }
+#endif
+                if (++slot == SLOTS) slot = 0, parity ^= 1;
+            }
         }
     }
 }

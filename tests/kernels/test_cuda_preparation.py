@@ -74,8 +74,9 @@ def test_orders_are_permutations():
 
 @given(blocks=st.integers(1, 3000), heads=st.integers(1, 200), programs=st.integers(1, 150))
 def test_parts_cover_all_blocks_and_none_is_empty(cuda, blocks, heads, programs):
-    per_part, parts = cuda._parts(blocks, heads, programs)
-    assert (parts - 1) * per_part < blocks <= parts * per_part
+    for between in (3.0, 0.25):
+        per_part, parts = cuda._parts(blocks, heads, programs, between)
+        assert (parts - 1) * per_part < blocks <= parts * per_part
 
 
 @pytest.mark.parametrize(("blocks", "heads"), [(256, 12), (591, 40), (512, 12), (1182, 40)])
@@ -201,19 +202,18 @@ def test_the_linear_branch_is_its_definition(cuda, operands, shape, feature_map,
 @pytest.mark.gpu
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("shape", [(2, 777, 3), (2, 777, 4), (1, 2000, 2)], ids=str)
-def test_how_many_blocks_a_program_takes_changes_no_bit(
-    cuda, operands, shape, turned, device, monkeypatch
-):
-    """Slots are used again, rounds are left half full, and tables of the next block are read."""
+def test_how_work_is_divided_changes_no_bit(cuda, operands, shape, turned, device, monkeypatch):
+    """Programs take many blocks and many parts, slots are used again, rounds are left half full."""
     *inputs, ready = prepared(cuda, operands, shape, turned, "softmax", device)
-    for per_part in (1, 2, 3, 4, 5, 7, 32):
-        monkeypatch.setattr(cuda, "_parts", lambda blocks, *_, n=per_part: (n, -(-blocks // n)))
-        again = cuda.prepare(*inputs)
+    for per_part, programs in itertools.product((1, 2, 3, 4, 5, 7, 32), (1, 3, 132)):
+        monkeypatch.setattr(cuda, "_parts", lambda n, *_, p=per_part, **__: (p, -(-n // p)))
+        monkeypatch.setattr(cuda, "multiprocessors", lambda _, p=programs: p)
+        again, case = cuda.prepare(*inputs), (per_part, programs)
         for name in ("q_int8", "q_scale", "q_means", "k_int8", "k_scale"):
-            assert torch.equal(getattr(again, name), getattr(ready, name)), (name, per_part)
-        assert torch.equal(again.v_fp8.view(torch.uint8), ready.v_fp8.view(torch.uint8)), per_part
+            assert torch.equal(getattr(again, name), getattr(ready, name)), (name, case)
+        assert torch.equal(again.v_fp8.view(torch.uint8), ready.v_fp8.view(torch.uint8)), case
         # The order in which states of programs are added is another.
-        assert relative_error(ready.branch.double(), again.branch) < 0.01, per_part
+        assert relative_error(ready.branch.double(), again.branch) < 0.01, case
 
 
 @pytest.mark.gpu
