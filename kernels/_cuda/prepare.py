@@ -94,8 +94,8 @@ class _Tables(NamedTuple):
     def ring_bytes(self) -> int:
         """Shared memory for what is on its way to prepare_keys or prepare_queries (tokens.cuh)."""
         turns = 0 if self.turns is None else 2 * 512
-        norms = 2 * 64
-        return norms + 4 * _PRODUCERS * (_ROWS_AHEAD * (2 * 512 + turns) + norms)
+        norms, alignment = 2 * 64, 128
+        return alignment + 4 * _PRODUCERS * (_ROWS_AHEAD * (2 * 512 + turns) + norms)
 
 
 def measure_rms(
@@ -251,8 +251,10 @@ def _parts(blocks: int, heads: int, programs: int, between: float = 3.0) -> tupl
 
 def _aligned(x_BHLD: torch.Tensor) -> torch.Tensor:
     """x, or a copy of it in (B, L, H, D), with channels together and each head on 16 bytes."""
-    strides = zip(x_BHLD.stride()[:3], x_BHLD.shape[:3], strict=True)
-    fits = x_BHLD.stride(3) == 1 and not any(s % 8 for s, size in strides if size > 1)
+    strides = zip(x_BHLD.stride()[:2], x_BHLD.shape[:2], strict=True)
+    # Copies of tokens behind the last one have an address, though no bytes.
+    stepped = [x_BHLD.stride(2), *(stride for stride, size in strides if size > 1)]
+    fits = x_BHLD.stride(3) == 1 and not any(stride % 8 for stride in stepped)
     if fits and x_BHLD.data_ptr() % 16 == 0:
         return x_BHLD
     x_BLHD = x_BHLD.transpose(1, 2)

@@ -116,25 +116,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
         const u32 even_row = swizzled(own_row, piece), odd_row = even_row ^ 64;  // of tiles
         const int token_of_lane = 16 * warp + lane;  // lane l copies the norm of the warp's token l
         const u32 stride = q_token;
-        // The block that a warpgroup takes, and the one after it, whose tokens are asked for meanwhile.
+        // A block that a warpgroup takes.
         struct Place {
-            int task, head_of_all, first_row;  // of the batch in `rstd`
-            int n, count, block;  // of the task's blocks; of the head's, none if there is no such task
-            const u16 *q;         // of the lane's first token
+            int task, n, count;      // the n-th of `count` blocks of the task
+            int head_of_all, block;  // of the head's blocks; one behind the last if there is no such task
+            int first_row;           // of the batch in `rstd`
+            const u16 *token;        // of the lane's tokens the first one's channels
         };
         auto locate = [&](int task, int n) {
             while (task < tasks && n >= blocks_of(task)) n -= blocks_of(task), task += gridDim.x;
             const int head_of_all = task % all_heads, batch = head_of_all / heads;
             const int block = task < tasks ? task / all_heads * per_part + n : blocks;
-            const u16 *own = q + batch * q_batch + head_of_all % heads * q_head + 8 * piece;
-            return Place{task, head_of_all, batch * length, n, blocks_of(task), block,
-                         own + (block * BLOCK + own_row) * (u64)stride};
+            const u16 *of_head = q + batch * q_batch + head_of_all % heads * q_head + 8 * piece;
+            return Place{task, n, blocks_of(task), head_of_all, block, batch * length,
+                         of_head + (block * BLOCK + own_row) * (u64)stride};
         };
         auto after = [&](const Place &place) {
             const int n = place.n + PRODUCERS;
             if (n >= place.count) return locate(place.task, n);
             Place next = place;
-            next.n = n, next.block += PRODUCERS, next.q += PRODUCERS * BLOCK * (u64)stride;
+            next.n = n, next.block += PRODUCERS, next.token += PRODUCERS * BLOCK * (u64)stride;
             return next;
         };
         constexpr u32 RING_BYTES = ROWS_BYTES + TURNS_BYTES;
@@ -143,13 +144,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
         auto request = [&](const Place &of, u32 norms, int pass) {
             const int token = of.block * BLOCK + own_row + 4 * pass;
             const u32 target = ring + pass % ROWS_AHEAD * RING_BYTES;
-            copy_row(target, lane, of.q + 4 * pass * (u64)stride, token < length);
+            copy_row(target, lane, of.token + 4 * pass * (u64)stride, token < length);
             copy_turns(target + ROWS_BYTES, lane, turns + (u64)(u32)token * PAIRS + 4 * piece,
                        token < length);
-            const int own = of.block * BLOCK + token_of_lane;
+            const int copied = of.block * BLOCK + token_of_lane;
             if (ROTATION && pass == 0 && lane < 16)
-                copy_word(norms + 4 * lane, rstd + (u32)(of.first_row + own),
-                          own < length);
+                copy_word(norms + 4 * lane, rstd + (u32)(of.first_row + copied), copied < length);
             commit_copies();
         };
         Place place = locate(blockIdx.x, group);
@@ -261,9 +261,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
             u16 *of_head = branch + ((long long)batch * length * heads + head_of_all % heads) * HEAD_DIM;
 #if LINEAR
             wait_for_warpgroup(1);  // the last products have read the matrix
-            for (int piece = own; piece < 256; piece += 128)
-                place_matrix(matrices, matrix + head_of_all * HEAD_DIM * HEAD_DIM, piece / 16 * 8,
-                             piece % 16);
+            for (int i = own; i < 256; i += 128)
+                place_matrix(matrices, matrix + head_of_all * HEAD_DIM * HEAD_DIM, i / 16 * 8, i % 16);
             place_normalizer(matrices, normalizer + head_of_all * HEAD_DIM, own / 8 * 8, own % 8, eps);
             fence_async();
             wait_for_warpgroup(1);

@@ -47,16 +47,6 @@ DEVICE float load_shared_float(u32 address) {
     return value;
 }
 
-// Eight floats.
-DEVICE void load_shared(u32 address, float (&values)[8]) {
-    const Chunk low = load_shared(address), high = load_shared(address + 16);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        values[i] = __uint_as_float(low.pairs[i]);
-        values[4 + i] = __uint_as_float(high.pairs[i]);
-    }
-}
-
 #if WEIGHT == 2
 typedef u16 Weight;
 #else
@@ -200,7 +190,8 @@ DEVICE float feature(float x) {
 #endif
 }
 
-// Channels beyond this make powers of two so large that their products may overflow.
+// Channels beyond this, of either sign, make powers of two so large that their products may overflow, or
+// all of a token's so small that their sum is zero.
 constexpr float LARGE = 40.0f;
 
 // Of a lane's channels, with its sign.
@@ -213,8 +204,8 @@ DEVICE float largest_channel(const float (&x)[2][8]) {
     return largest;
 }
 
-// Softmax does not change if a token's largest channel is subtracted from all: done where some of the
-// warp's are large.
+// Softmax does not change if a token's largest channel is subtracted from all: done for a whole warp
+// where some of its channels are large, or of its block's may be.
 DEVICE void subtract_largest(float (&x)[2][8]) {
     const float largest = token_max(largest_channel(x));
 #pragma unroll

@@ -79,9 +79,12 @@ def test_parts_cover_all_blocks_and_none_is_empty(cuda, blocks, heads, programs)
         assert (parts - 1) * per_part < blocks <= parts * per_part
 
 
-@pytest.mark.parametrize(("blocks", "heads"), [(256, 12), (591, 40), (512, 12), (1182, 40)])
-def test_at_the_models_shapes_few_multiprocessors_wait(cuda, blocks, heads):
-    per_part, parts = cuda._parts(blocks, heads, 132)
+@pytest.mark.parametrize(
+    ("blocks", "heads", "between"),
+    [(256, 12, 3.0), (591, 40, 3.0), (512, 12, 0.25), (1182, 40, 0.25)],
+)
+def test_at_the_models_shapes_few_multiprocessors_wait(cuda, blocks, heads, between):
+    per_part, parts = cuda._parts(blocks, heads, 132, between)
     turns = -(-heads * parts // 132)
     assert turns * per_part * 132 < 1.06 * blocks * heads
     assert parts * heads <= 10 * 132
@@ -97,6 +100,7 @@ def test_aligned_inputs_are_used_as_they_are(cuda):
 def odd_inputs():
     wide = torch.randn(1, 2, 6, 129).bfloat16()
     yield "tokens 129 channels apart", wide[..., :128]
+    yield "one of tokens 129 channels apart", wide[:1, :1, :1, :128]
     yield "not on 16 bytes", torch.randn(1, 2, 6, 136).bfloat16()[..., 1:129]
     yield "tokens together", torch.randn(1, 2, 128, 8).bfloat16().mT
 
@@ -205,6 +209,7 @@ def test_the_linear_branch_is_its_definition(cuda, operands, shape, feature_map,
 def test_how_work_is_divided_changes_no_bit(cuda, operands, shape, turned, device, monkeypatch):
     """Programs take many blocks and many parts, slots are used again, rounds are left half full."""
     *inputs, ready = prepared(cuda, operands, shape, turned, "softmax", device)
+    branches = {}
     for per_part, programs in itertools.product((1, 2, 3, 4, 5, 7, 32), (1, 3, 132)):
         monkeypatch.setattr(cuda, "_parts", lambda n, *_, p=per_part, **__: (p, -(-n // p)))
         monkeypatch.setattr(cuda, "multiprocessors", lambda _, p=programs: p)
@@ -212,8 +217,9 @@ def test_how_work_is_divided_changes_no_bit(cuda, operands, shape, turned, devic
         for name in ("q_int8", "q_scale", "q_means", "k_int8", "k_scale"):
             assert torch.equal(getattr(again, name), getattr(ready, name)), (name, case)
         assert torch.equal(again.v_fp8.view(torch.uint8), ready.v_fp8.view(torch.uint8)), case
-        # The order in which states of programs are added is another.
+        # The order in which states of parts are added is another, however many programs take them.
         assert relative_error(ready.branch.double(), again.branch) < 0.01, case
+        assert torch.equal(again.branch, branches.setdefault(per_part, again.branch)), case
 
 
 @pytest.mark.gpu
@@ -228,7 +234,7 @@ def test_a_bias_that_does_not_lie_on_16_bytes(cuda, operands, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [1e-12, 50.0, 3e4, 1e15])
 def test_softmax_of_channels_of_any_size(cuda, operands, size, device):
-    """Beyond 28 a token's largest channel is subtracted before exponentials are taken."""
+    """Where some may be beyond 28, tokens' largest channels are subtracted before exponentials."""
     if capability_of(device)[:2] != ("sm", 9):
         pytest.skip("written for sm90")
     q, k, v = heads_of_one_product(1, 2, 300, torch.bfloat16, device)
