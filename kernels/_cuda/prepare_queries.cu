@@ -92,8 +92,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
     float eps, int length, int heads, int all_heads, int blocks, int per_part, int tasks,
     long long q_batch, long long q_token, long long q_head) {
     extern __shared__ u8 memory[];
-    const u32 matrices = (shared_address(memory) + 1023) & ~1023u;
-    const u32 features = matrices + LINEAR * MATRIX_BYTES;
+    const u32 own_matrix = (shared_address(memory) + 1023) & ~1023u;
+    const u32 features = own_matrix + LINEAR * MATRIX_BYTES;
     const u32 all_sums = features + SLOTS * SLOT_BYTES, full = all_sums + SLOTS * SUMS_BYTES;
     const u32 empty = full + 8 * SLOTS;
     const u32 rings = (empty + 8 * SLOTS + RING_ALIGNMENT - 1) & ~(RING_ALIGNMENT - 1);
@@ -262,8 +262,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
 #if LINEAR
             wait_for_warpgroup(1);  // the last products have read the matrix
             for (int i = own; i < 256; i += 128)
-                place_matrix(matrices, matrix + head_of_all * HEAD_DIM * HEAD_DIM, i / 16 * 8, i % 16);
-            place_normalizer(matrices, normalizer + head_of_all * HEAD_DIM, own / 8 * 8, own % 8, eps);
+                place_matrix(own_matrix, matrix + head_of_all * HEAD_DIM * HEAD_DIM, i / 16 * 8, i % 16);
+            place_normalizer(own_matrix, normalizer + head_of_all * HEAD_DIM, own / 8 * 8, own % 8, eps);
             fence_async();
             wait_for_warpgroup(1);
 #endif
@@ -275,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prepare_queries(
                 float d[68];
                 mma_fence();
                 const u64 a = descriptor(features + slot * SLOT_BYTES);
-                const u64 b = descriptor(matrices);
+                const u64 b = descriptor(own_matrix);
 #pragma unroll
                 for (int step = 0; step < 8; step++) {
                     const u32 half = step >> 2, columns = 32 * (step & 3);
