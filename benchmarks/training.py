@@ -17,8 +17,9 @@ The ceiling counts the floating-point operations that a step cannot do without (
 forwards, the student's forward and backward, attention by the blocks that it keeps) at the rate of
 a bf16 product measured in the same run, on all GPUs; recomputed activations are not in it.
 
-`--resume` trains tiny-wan instead: on the most GPUs at once, and half of the steps on them and the
-other half on the fewest, from the checkpoint. Recorded is how far the two loss curves lie apart.
+`--resume` trains tiny-wan or, with `--resume 1.3b`, the model of the other jobs: on the most GPUs,
+and the second half of the steps again on the fewest, from the checkpoint between. Recorded is how
+far the two loss curves lie apart.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from turbo_opt.calibration.data.samples import (
     write_index,
     write_sample,
 )
+from turbo_opt.config.schema import EMBEDDED_MODEL
 
 _CLIPS = 16
 _TOPK = 0.1
@@ -276,45 +278,56 @@ def speed_record(
     )
 
 
-def resume_record(work: Path, most: int, fewest: int, session: Session, *, tiny: bool) -> Record:
-    """Train tiny-wan on `most` processes, and again with its second half on `fewest`."""
-    folder = work / "resume"
-    case = Case("tiny-wan", {"text_dim": 128}, (5, 24, 24), 1)
-    write_samples(folder / "clips", case)
-    said = job("sla", Setup(1), folder)
-    said["teacher"] = {"source": "tiny-wan"}
-    said["training"] |= {"batch": 8, "steps": _RESUMED_STEPS, "rate": 1e-4}
-    said["training"]["compute_dtype"] = "float32"
-    said["save"] = {"every": _RESUMED_STEPS // 2}
+def resume_record(
+    work: Path, model: str, most: int, fewest: int, session: Session, *, tiny: bool
+) -> Record:
+    """Train on `most` processes, and the second half again on `fewest`, from the checkpoint.
+
+    Args:
+        model: `tiny-wan`, in float32, or one of `benchmarks.forward.CASES` whose teacher and clips
+            are in `work`, in bfloat16.
+    """
+    folder = work / f"resume-{model}"
+    folder.mkdir(parents=True, exist_ok=True)
+    said = job("sla", Setup(1), work)
+    name = model
+    if model == EMBEDDED_MODEL:
+        write_samples(folder / "clips", Case(model, {"text_dim": 128}, (5, 24, 24), 1))
+        said["teacher"], said["data"]["folder"] = {"source": model}, str(folder / "clips")
+        said["training"] |= {"batch": 8, "rate": 1e-4, "compute_dtype": "float32"}
+    else:
+        name = CASES[model].name
+        said["training"] |= {"batch": most, "micro_batch": 1, "rate": 1e-5}
+    # Rates follow from the share of all steps, so the second half is done again, not a first one
+    # alone.
+    half = _RESUMED_STEPS // 2
+    said["training"]["steps"] = _RESUMED_STEPS
+    said["save"] = {"every": half, "keep": 2}
+    path, out = folder / "job.yaml", folder / "out"
+    path.write_text(json.dumps(said), encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
     more = ("--device", "cpu") if tiny else ()
 
-    def run(name: str, gpus: int, steps: int, *flags: str) -> list[float]:
-        said["training"]["steps"] = steps
-        path = folder / f"{name}.yaml"
-        path.write_text(json.dumps(said), encoding="utf-8")
-        if start("sla", gpus, path, folder / name, *more, *flags).wait(_LONGEST):
-            text = (folder / f"{name}.txt").read_text(encoding="utf-8", errors="replace")
-            raise SystemExit(f"{name} on {gpus} processes failed:\n{text[-3000:]}")
-        return [float(row["loss"]) for row in read_log(folder / name / "log.csv")]
+    def losses(gpus: int, *flags: str) -> list[float]:
+        if start("sla", gpus, path, out, *more, *flags).wait(_LONGEST):
+            text = (folder / "out.txt").read_text(encoding="utf-8", errors="replace")
+            raise SystemExit(f"{' '.join(flags)} on {gpus} processes failed:\n{text[-3000:]}")
+        return [float(row["loss"]) for row in read_log(out / "log.csv")]
 
-    whole = run("whole", most, _RESUMED_STEPS)
-    # Rates follow from the share of all steps, so the first half is stopped, not shortened.
-    said["save"] = {"every": _RESUMED_STEPS // 2, "keep": 2}
-    run("parts", most, _RESUMED_STEPS)
-    newest = folder / "parts" / "checkpoints" / "latest"
-    half = f"step-{_RESUMED_STEPS // 2:06d}"
-    newest.write_text(half + "\n", encoding="utf-8")
-    parts = run("parts", fewest, _RESUMED_STEPS, "--resume")
-    pairs = list(zip(whole, parts, strict=True))[_RESUMED_STEPS // 2 :]
+    whole = losses(most)
+    (out / "checkpoints" / "latest").write_text(f"step-{half:06d}\n", encoding="utf-8")
+    resumed = losses(fewest, "--resume")
+    pairs = list(zip(whole, resumed, strict=True))[half:]
     apart = max(abs(a - b) / a for a, b in pairs)
     return Record(
-        name=f"{session.gpu}/tiny-wan/calibrate-sla/resumed_loss_difference",
+        name=f"{session.gpu}/{name}/calibrate-sla/resumed_loss_difference",
         value=apart,
         unit="relative",
         spread=0.0,
         runs=len(pairs),
-        config={"from_processes": most, "to_processes": fewest, "dtype": "float32",
-                "losses": whole, "resumed": parts},
+        config={"from_processes": most, "to_processes": fewest,
+                "dtype": said["training"].get("compute_dtype", "bfloat16"),
+                "losses": whole, "resumed": resumed},
         environment=session.environment,
         commit=results.current_commit(),
         date=results.today(),
@@ -331,7 +344,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=results.RESULTS)
     parser.add_argument("--compile", action="store_true", help="blocks through torch.compile")
     parser.add_argument("--together", type=int, help="GPUs that share a clip's tokens")
-    parser.add_argument("--resume", action="store_true", help="only the loss after resuming")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=EMBEDDED_MODEL,
+        choices=[EMBEDDED_MODEL, "1.3b"],
+        help="only the loss after resuming, of this model",
+    )
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     options = parser.parse_args()
     group = options.together
@@ -349,16 +368,17 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     out = options.out / "training.json"
     keep: Callable[[Record], None] = lambda record: results.merge(out, [record])  # noqa: E731
-    if options.resume:
-        most, fewest = max(options.gpus), min(options.gpus)
-        keep(resume_record(options.work, most, fewest, session, tiny=options.tiny))
-        return
     case = CASES["tiny" if options.tiny else "1.3b"]
     if options.tiny:
         case = dataclasses.replace(case, config={**case.config, "num_attention_heads": 4})
-    if not (options.work / "clips").is_dir():
+    if options.resume != EMBEDDED_MODEL and not (options.work / "clips").is_dir():
         write_checkpoint(options.work / "teacher", case.config, sparse=False)
         write_samples(options.work / "clips", case)
+    if options.resume:
+        most, fewest = max(options.gpus), min(options.gpus)
+        model = options.resume
+        keep(resume_record(options.work, model, most, fewest, session, tiny=options.tiny))
+        return
     rate = session.bf16_matmul  # before any job, whose processes may outlive it for a while
     for name in options.jobs:
         for gpus in options.gpus:

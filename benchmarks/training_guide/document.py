@@ -62,7 +62,10 @@ class Command:
     @property
     def shorter(self) -> Command:
         """The command with the options and settings that cut it down."""
-        options, settings = _CUTS[self.name]
+        return self.with_settings(*_CUTS[self.name])
+
+    def with_settings(self, options: Sequence[str], settings: Sequence[str]) -> Command:
+        """The command with more options, and with settings that overrule its own."""
         said = [word for setting in settings for word in ("--set", setting)]
         return Command(self.processes, (*self.words, *options, *said))
 

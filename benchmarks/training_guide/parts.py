@@ -46,12 +46,18 @@ class Part:
     code: int | None
 
 
+def launcher(processes: int) -> list[str]:
+    """How turbo-opt starts in so many processes: by torchrun if there are several."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *(torchrun if processes > 1 else []), "-m", "turbo_opt"]
+
+
 class Parts:
     """What has run in a folder, and what is left.
 
     Args:
         folder: where the commands run and the parts are written down.
-        program: what the words of a command are given to.
+        program: what the words of a command are given to, by the number of its processes.
         least: seconds that a command surely takes in that folder.
     """
 
@@ -59,7 +65,7 @@ class Parts:
         self,
         folder: Path,
         commands: Sequence[Command],
-        program: Sequence[str] = (sys.executable, "-m", "turbo_opt"),
+        program: Callable[[int], Sequence[str]] = launcher,
         least: Callable[[Command, Path], float] | None = None,
     ) -> None:
         self._folder, self._commands, self._program = folder, commands, program
@@ -106,7 +112,7 @@ class Parts:
         return left > 0 and (left >= least or least > budget)
 
     def _run(self, number: int, command: Command, longest: float | None) -> Part:
-        words = [*self._program, *command.words]
+        words = [*self._program(command.processes), *command.words]
         if command.trains and (self._folder / command.parsed()["out"] / JOB).is_file():
             words.append("--resume")
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

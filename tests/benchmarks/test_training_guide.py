@@ -34,8 +34,9 @@ if words[0] == "generate":
 
 
 def parts(folder: Path, *said: Command, least: float = 0.0) -> Parts:
-    program = (sys.executable, "-c", PROGRAM)
-    return Parts(folder, said, program, lambda command, _: least if command.trains else 0.0)
+    program = [sys.executable, "-c", PROGRAM]
+    least_of = lambda command, _: least if command.trains else 0.0  # noqa: E731
+    return Parts(folder, said, lambda processes: program, least_of)
 
 
 def said_in(folder: Path) -> list[str]:
