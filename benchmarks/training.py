@@ -60,17 +60,17 @@ _TOPK = 0.1
 _PROMPT_TOKENS = 120
 _FORWARDS = {
     "sla": (1.0, 3.0),
-    "rcm": (0.8, 6.3),
+    "rcm": (3.4, 3.7),
     "rcm-dense": (7.1, 0.0),
     "rcm-jvp": (7.1, 0.0),
 }
 """Of dense and of sparse networks, for a step's mean; one with its backward counts 3.
 
-Of five steps of rcm, one is the student's: the guided teacher twice (4); the student at two times,
-in 0 to 3 steps of a rollout and at their end, two of these with a backward, and the fake score
-(9.5). Four are the fake score's: a rollout of 1 to 4 steps, and itself with a backward (5.5). In
-`rcm` the student and the fake score are sparse. A forward-mode derivative, as in `rcm-jvp`, counts
-as the second time that it replaces.
+Of five steps of rcm, one is the student's: the guided teacher twice (4) and the fake score once;
+the student at two times, in 0 to 3 steps of a rollout and at their end, two of these with a
+backward (8.5). Four are the fake score's: the student in a rollout of 1 to 4 steps (2.5), and
+itself with a backward (3). In `rcm` the student is sparse. A forward-mode derivative, as in
+`rcm-jvp`, counts as the second time that it replaces.
 """
 _LONGEST = 240.0  # seconds for a job to log its steps
 _RESUMED_STEPS = 12

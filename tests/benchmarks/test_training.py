@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import training
 from benchmarks.forward import CASES
 from benchmarks.kernels._harness import Session
 from benchmarks.results import Ceiling, read
+from tests.calibration.conftest import write_teacher
+from tests.calibration.rcm.test_objective import batch, objective
+from turbo_opt.calibration.jobs.run import Parts
+from turbo_opt.calibration.networks import open_denoiser
+from turbo_opt.calibration.rcm.run import _objective
+from turbo_opt.calibration.rcm.schema import RCMJob
+from turbo_opt.calibration.training.world import World
 
 RATE = Ceiling(500.0, "TFLOP/s", "bf16 library matmul 8192³")
 
@@ -54,6 +62,46 @@ def test_students_of_rcm_are_sparse_or_dense(name: str, topk: float | None, tang
     sparse, dense = (training.operations(CASES["1.3b"], each) for each in ("rcm", "rcm-dense"))
     assert training.operations(CASES["1.3b"], name) == (sparse if topk else dense)
     assert sparse < dense
+
+
+@pytest.mark.parametrize("tangent", ["difference", "jvp"])
+def test_forwards_are_those_that_the_objective_runs(tangent: str) -> None:
+    """Over all lengths of rollouts: what runs with gradients has a backward of twice its cost."""
+    trained = objective(scale=3.0, warm_up=0, forward={"tangent": tangent})
+    counts = {"teacher": 0, "student": 0, "fake": 0}
+
+    def counted(name: str, network: Any) -> Any:
+        def call(*inputs: Any) -> Any:
+            counts[name] += 3 if torch.is_grad_enabled() else 1
+            return network(*inputs)
+
+        return call
+
+    for name in counts:
+        setattr(trained, f"_{name}", counted(name, getattr(trained, f"_{name}")))
+    rounds = 4
+    for step in range(5 * rounds):
+        trained.loss(batch(count=1), trained.turn(step))
+    guided = 2 * counts["teacher"]
+    means = {name: count / (5 * rounds) for name, count in {**counts, "teacher": guided}.items()}
+    dense = means["teacher"] + means["fake"]
+    if tangent == "jvp":  # it runs the student with its tangent once, and once with gradients
+        assert training._FORWARDS["rcm-jvp"] == pytest.approx((dense + means["student"], 0))
+        return
+    assert training._FORWARDS["rcm"] == pytest.approx((dense, means["student"]))
+    assert training._FORWARDS["rcm-dense"] == pytest.approx((dense + means["student"], 0))
+
+
+def test_the_fake_score_of_a_sparse_student_is_dense(tmp_path: Path) -> None:
+    job = training.job("rcm", training.Setup(1), tmp_path)
+    teacher = open_denoiser(str(write_teacher(tmp_path / "teacher")), "transformer")
+    sparse = {**job, "sla": {"topk": 0.5, "block_q": 64, "block_k": 64}}
+    settled = RCMJob.model_validate(sparse)
+    parts = Parts(settled, samples=None, teacher=teacher, start=teacher)  # type: ignore[arg-type]
+    found = _objective(parts, None, World(0, 1, torch.device("cpu")))
+    names = {name: dict(each.network.named_parameters()) for name, each in found.denoisers.items()}
+    assert any("proj_l" in key for key in names["student"])
+    assert not any("proj_l" in key for key in names["fake"])
 
 
 @pytest.mark.parametrize(
