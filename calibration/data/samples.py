@@ -181,6 +181,16 @@ class SampleSet:
             f"data.broken_share allows {self.broken_share:.0%} ({first})"
         )
 
+    def skip_others(self, numbers: Iterable[int]) -> None:
+        """Leave out samples that other processes could not use.
+
+        Raises:
+            BadInput: this makes too many.
+        """
+        for number in numbers:
+            self.broken.setdefault(number, "another process could not use it")
+        self.check_share()
+
     def some_broken(self, numbers: Iterable[int]) -> str:
         """The first of these samples that are broken, and why."""
         found = [number for number in numbers if number in self.broken][:_NAMED]

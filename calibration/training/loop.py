@@ -267,9 +267,17 @@ class Trainer:
             )
 
     def broken_samples(self) -> int:
-        """How many of the samples that any process drew could not be used. All processes call."""
-        count = torch.tensor(float(len(self._samples.broken)), device=self.world.device)
-        return round(float(self.world.sum(count)) / self.world.context_size)
+        """How many of the samples that any process drew cannot be used. All processes call.
+
+        Raises:
+            BadInput: those of all processes together are too many; in every process.
+        """
+        samples = self._samples
+        if self.world.size > 1:
+            found = torch.zeros(len(samples), device=self.world.device)
+            found[torch.tensor(list(samples.broken), dtype=torch.long)] = 1
+            samples.skip_others(self.world.sum(found).nonzero().flatten().tolist())
+        return len(samples.broken)
 
     def _micro_batches(self) -> Iterator[Batch]:
         """This process's samples of the step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tests.calibration.conftest import JOB, ROUTER_JOB, write_teacher
+from tests.calibration.conftest import JOB, ROUTER_JOB, write_samples, write_teacher
 from tests.calibration.training.two_processes import DISCRETE, THREE
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
@@ -45,6 +46,7 @@ log: {every: 1, evaluate_every: 3}
 UNSAVED = JOB.replace("save: {every: 3}", "save: {every: 100}")
 """Checkpoints are read of `data` alone."""
 TWO_STEPS = UNSAVED.replace("steps: 4", "steps: 2")
+SPOILED = (3, 4)
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -57,6 +59,16 @@ def train_alone(
 ) -> None:
     settled = load_job(home / f"{job}.yaml", SLAJob, settings)
     train_sla(settled, out, ALONE, resume=resume, progress=quiet)
+
+
+def spoil(samples: Path) -> None:
+    """One file less, which both processes see, and a sample for each that only it draws in the
+    first step."""
+    (samples / "000000.safetensors").unlink()
+    for number in SPOILED:
+        path = samples / f"{number:06d}.safetensors"
+        tensors = load_file(path)
+        save_file({**tensors, "latents": tensors["latents"] * torch.nan}, path)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +101,9 @@ def trained(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     router = load_job(home / "router.yaml", RouterJob)
     train_router(router, out / "router alone", ALONE, progress=quiet)
     (out / "start").symlink_to(out / "router alone")
+    spoil(write_samples(home / "broken"))
+    broken = UNSAVED.replace("folder: samples", "folder: broken")
+    (home / "broken.yaml").write_text(broken.replace("steps: 4, batch: 2", "steps: 1, batch: 4"))
     script = Path(__file__).with_name("two_processes.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -183,6 +198,20 @@ def test_a_training_that_diverged_stops_all_processes(trained: Path) -> None:
         said = (trained / f"diverged-{rank}.txt").read_text()
         assert said.startswith("the student's weights, or their squares, are not finite after step")
     assert not (trained / "diverged" / "model").exists()
+
+
+def test_broken_samples_are_those_of_all_processes_each_once(trained: Path) -> None:
+    """Three of eight, of which no process has found more than two by itself."""
+    report = json.loads((trained / "broken-0.5" / "report.json").read_text())
+    assert report["broken_samples"] == 3
+    assert log(trained / "broken-0.5")[-1]["broken_samples"] == "3"
+
+
+def test_a_share_of_broken_samples_is_that_of_all_processes(trained: Path) -> None:
+    for rank in range(2):
+        said = (trained / f"broken-{rank}.txt").read_text()
+        assert "at least 3 of 8 samples are broken, data.broken_share allows 25%" in said
+    assert not (trained / "broken-0.25" / "model").exists()
 
 
 def test_weights_of_one_process_that_are_not_finite_are_known_to_all(trained: Path) -> None:

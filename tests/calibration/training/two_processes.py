@@ -59,6 +59,12 @@ def main(home: Path, out: Path) -> None:
             train_sla(job, out / "data", data, progress=quiet)
         except BadInput as error:
             (out / f"refused-{data.rank}.txt").write_text(str(error))
+        for share in ("0.5", "0.25"):
+            try:
+                broken = load_job(home / "broken.yaml", SLAJob, [f"data.broken_share={share}"])
+                train_sla(broken, out / f"broken-{share}", data, progress=quiet)
+            except BadInput as error:
+                (out / f"broken-{data.rank}.txt").write_text(str(error))
         try:
             diverging = load_job(home / "job.yaml", SLAJob, DIVERGING)
             train_sla(diverging, out / "diverged", data, progress=quiet)
