@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
+from turbo_opt.calibration.data import make
+from turbo_opt.calibration.flow import Sampled
+from turbo_opt.calibration.networks import build_network, open_denoiser
 from turbo_opt.calibration.places import locked
+from turbo_opt.calibration.training.world import World
 from turbo_opt.cli.main import cli
 
 RECIPE = """\
@@ -45,7 +51,6 @@ def drawn(home: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_drawn_samples_are_what_the_teacher_samples(drawn: Path, home: Path) -> None:
-    import torch
     from diffusers import WanPipeline
 
     from turbo_opt.calibration.data.batches import generator_of
@@ -95,6 +100,53 @@ def test_a_stopped_set_is_continued_and_a_finished_one_kept(
     assert invoke(*arguments, "--out", drawn).exit_code == 0
     assert (drawn / "000000.safetensors").stat().st_mtime_ns == kept
     assert (drawn / "index.json").read_text() == (tmp_path / "index.json").read_text()
+
+
+def test_captions_are_encoded_some_at_a_time(
+    drawn: Path, home: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = []
+    real = make.encode_prompts
+
+    def noted(components: Any, texts: list[str], *more: Any) -> Any:
+        encoded.append(texts)
+        return real(components, texts, *more)
+
+    monkeypatch.setattr(make, "_ENCODED", 2)
+    monkeypatch.setattr(make, "encode_prompts", noted)
+    out = tmp_path / "samples"
+    result = invoke(
+        *("calibrate", "data", recipe, "--out", out, "--captions", home / "captions.txt"),
+        *("--batch", 2, "--device", "cpu"),
+    )
+    assert result.exit_code == 0, result.output
+    assert [texts[2:] for texts in encoded] == [
+        ["a red circle", "a blue square"],
+        ["a green circle"],
+    ]
+    for path in drawn.glob("*.safetensors"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_weights_held_as_products_take_them_give_the_same_bits() -> None:
+    folder = open_denoiser("tiny-wan", "transformer")
+    network = build_network(folder, World(0, 1, torch.device("cpu")))
+    sampled = Sampled(network, folder.config, torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 16, 3, 8, 8, generator=generator)
+    embeds = torch.randn(1, 12, folder.config["text_dim"], generator=generator)
+    given = {"timestep": torch.tensor([437.25]), "encoder_hidden_states": embeds}
+    with torch.no_grad():
+        (before,) = sampled(latents, **given, return_dict=False)
+        nbytes = held_bytes(network)
+        make.hold_operands(network, torch.bfloat16)
+        (after,) = sampled(latents, **given, return_dict=False)
+    assert torch.equal(before, after)
+    assert held_bytes(network) < 0.51 * nbytes
+
+
+def held_bytes(network: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in network.parameters())
 
 
 def test_two_processes_do_not_make_one_set(home: Path, recipe: Path, tmp_path: Path) -> None:
@@ -150,7 +202,6 @@ def test_the_closed_form_shows_the_error_of_each_layer(home: Path, tmp_path: Pat
 
 
 def test_a_diverged_training_fails_with_its_place(home: Path, tmp_path: Path, monkeypatch) -> None:
-    import torch
 
     from turbo_opt.calibration.sla import objective
 
@@ -177,7 +228,6 @@ def test_faults_of_a_job_have_file_and_line(home: Path, tmp_path: Path) -> None:
 
 
 def test_weights_are_converted_also_to_int8_blocks(home: Path, tmp_path: Path) -> None:
-    import torch
 
     source, out = home / "teacher", tmp_path / "teacher-quant.pth"
     refused = invoke("calibrate", "convert", source, tmp_path / "teacher.dcp", "--int8")
