@@ -14,6 +14,7 @@ from benchmarks.training_guide.document import LARGER, TITLE, commands, write_fi
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
 from turbo_opt.calibration.rcm.schema import RCMJob
+from turbo_opt.calibration.sla2.schema import RouterJob
 from turbo_opt.calibration.training.loop import micro_batch
 from turbo_opt.calibration.training.world import World
 from turbo_opt.cli.main import cli
@@ -108,6 +109,24 @@ def test_the_same_jobs_are_valid_for_a_larger_model_on_several_gpus(
         size = max(processes, context_parallel)
         world = World(0, size, torch.device("cpu"), context_size=context_parallel)
         assert micro_batch(job, world) == 1
+
+
+def test_jobs_of_a_learned_choice_of_blocks_fit_together(tmp_path: Path, monkeypatch) -> None:
+    section = "A learned choice of blocks: SLA2"
+    assert write_files(section, tmp_path) == ["router.yaml", "sla2.yaml"]
+    monkeypatch.chdir(tmp_path)
+    routed, tuned, run = (command.parsed() for command in commands(section))
+    router = load_job(tmp_path / routed["job"], RouterJob, routed["overrides"])
+    job = load_job(tmp_path / tuned["job"], SLAJob, tuned["overrides"])
+    assert job.student.start == f"{routed['out']}/model"
+    recipe = select_recipe(run["recipe"], overrides=run["overrides"])
+    options = sparse_options(recipe)
+    assert job.sla.mode == options.mode == "sla2"
+    assert router.router.topk == job.sla.topk == options.topk
+    sizes = (job.sla.block_q, job.sla.block_k)
+    assert (router.router.block_q, router.router.block_k) == sizes
+    assert block_sizes(options, get_target(recipe.target)) == sizes
+    assert recipe.model.source == f"./{tuned['out']}/model"
 
 
 def test_larger_clips_are_drawn_by_a_recipe_that_is_shipped() -> None:
