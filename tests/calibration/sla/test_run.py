@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.helpers.tiny_folder import shared_folder
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.run import export, open_parts
 from turbo_opt.calibration.jobs.schema import SLAJob, SparseLinear
@@ -102,6 +103,23 @@ def test_weights_that_a_student_has_no_place_for_are_said(tuned: Path, settings)
     mode = "sla2" if settings else "dense"
     assert f"another attention than this job's ({mode}): " in said[0]
     assert "of its weights are left out, blocks.0.attn1.proj_l" in said[0]
+
+
+def test_the_second_expert_is_tuned_in_the_folder_of_the_first(home: Path, tmp_path: Path) -> None:
+    """The second job's model has both: its own, and a link to the first one's."""
+    pair, first, second = shared_folder(2), tmp_path / "high", tmp_path / "low"
+    for name, source, out in (
+        ("transformer", pair, first),
+        ("transformer_2", first / "model", second),
+    ):
+        settings = (f"teacher={{source: {source}, denoiser: {name}}}", "training.steps=2")
+        train_sla(job_of(home, *settings, "save.every=100"), out, ALONE, progress=quiet)
+    model = second / "model"
+    for name, made in (("transformer", first), ("transformer_2", second)):
+        file = f"{name}/diffusion_pytorch_model.safetensors"
+        assert (model / file).read_bytes() == (made / "model" / file).read_bytes()
+        folder = open_denoiser(str(model), name)
+        assert "blocks.0.attn1.proj_l.weight" in open_checkpoint(folder.path, {}, {}).unread
 
 
 def test_only_the_projections_are_trained_if_asked(home: Path, tmp_path: Path) -> None:
