@@ -4,6 +4,7 @@ Between steps they keep x in the dtype of the update rule: given back unchanged,
 the sample of a step goes on from there instead of from its rounding to the pipeline's float32 (not
 in torch's inference mode, where nobody knows whether it is unchanged).
 Pipelines of Wan draw unit noise and leave it so: pass `latents=noise * scheduler.init_noise_sigma`.
+Those that start from a clip add the noise by `add_noise` instead, and take the last steps only.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ def scheduler_for(schedule: Schedule) -> Any:
 class _StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Takes given steps one after the other.
 
+    After `set_timesteps`, the first call of `step` finds its step by the timestep it is given, or
+    by the begin index where one is set; from there on steps follow each other.
+
     Attributes:
         init_noise_sigma: standard deviation of the first x.
         timesteps: what the network is given at each step, float32.
@@ -62,18 +66,51 @@ class _StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _start(self, steps: Sequence[Step], device: Any) -> None:
         times = [step.time for step in steps] + [steps[-1].next_time]
+        timesteps = torch.tensor(
+            [step.timestep for step in steps], dtype=torch.float32, device="cpu"
+        )
         self._steps = steps
-        self._index = 0
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
         self._given: tuple[Tensor, int | None] | None = None
         self._exact: Tensor | None = None
         self._seeded: torch.Generator | None = None
         self.num_inference_steps = len(steps)
-        self.timesteps = torch.tensor([step.timestep for step in steps], device=device)
+        self.timesteps = timesteps.to(device=device)
+        self._host_timesteps = timesteps.tolist()
         self.sigmas = torch.tensor(times, dtype=torch.float64)
 
+    @property
+    def step_index(self) -> int | None:
+        """Index of the step to be taken next; None before the first one."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first step to be taken; None leaves it to that step's timestep."""
+        return self._begin_index
+
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Continue from a later step."""
-        self._index = begin_index
+        """Say which step is taken first, until the next `set_timesteps`."""
+        self._begin_index = begin_index
+
+    def index_for_timestep(self, timestep: Any) -> int:
+        """Index of the step at a timestep, the first if several share it.
+
+        Args:
+            timestep: a number, or a tensor that holds one, on any device; it is compared in
+                float32, as `timesteps` are.
+
+        Raises:
+            ValueError: there is no step at that timestep.
+        """
+        wanted = torch.as_tensor(timestep, dtype=torch.float32, device="cpu").item()
+        if wanted not in self._host_timesteps:
+            known = ", ".join(f"{value:.9g}" for value in self._host_timesteps)
+            raise ValueError(
+                f"no step at timestep {wanted:.9g}: pass one of `timesteps`, which are {known}"
+            )
+        return self._host_timesteps.index(wanted)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample itself."""
@@ -91,12 +128,15 @@ class _StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         Args:
             model_output: the network's velocity.
-            timestep: that of the step; it is not looked at.
+            timestep: that of the step. Only the first call after `set_timesteps` looks at it, and
+                only where no begin index is set: reading a tensor waits for the device.
             sample: x before the step.
             generator: source of the noise that the SDE rule adds; by default the scheduler's own.
+
+        Raises:
+            ValueError: there is no step at that timestep, or none is left.
         """
-        step = self._steps[self._index]
-        self._index += 1
+        step = self._next_step(timestep)
         generator = generator or self.generator
         if generator is None and step.rule == "rcm-sde":
             self._seeded = generator = self._seeded or _seeded_by(sample)
@@ -105,6 +145,55 @@ class _StepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         moved = exact.to(sample.dtype)
         self._given, self._exact = (moved, _version(moved)), exact
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x of the steps at `timesteps`: (1 − t)·x₀ + t·ε at their times t.
+
+        That is x under every rule (`runtime.rules`). For an rCM student it is TrigFlow's
+        cos τ·x₀ + sin τ·ε divided by cos τ + sin τ (`ir.rcm`).
+
+        Args:
+            original_samples: x₀, of shape (B, …).
+            noise: ε of the same shape, unit noise: `init_noise_sigma` is for x without x₀.
+            timesteps: of shape (B,), or (1,) for all samples; of the schedule's own.
+
+        Returns:
+            Of the shape and dtype of `original_samples`, computed in float64.
+
+        Raises:
+            ValueError: there is no step at a timestep, or no timestep.
+        """
+        indices = [self.index_for_timestep(value) for value in timesteps.flatten().tolist()]
+        if not indices:
+            raise ValueError(
+                f"no timestep to add noise at: the schedule has {len(self._steps)} steps, of which "
+                "the pipeline's strength and num_inference_steps leave none"
+            )
+        times = [self._steps[index].time for index in indices]
+        t = torch.tensor(times, dtype=torch.float64, device=original_samples.device)
+        t = t.reshape(-1, *(1,) * (original_samples.ndim - 1))
+        return ((1 - t) * original_samples + t * noise).to(original_samples.dtype)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise`, as diffusers' schedulers of flow matching call it."""
+        return self.add_noise(sample, noise, timestep)
+
+    def __len__(self) -> int:
+        return int(self.config["num_train_timesteps"])
+
+    def _next_step(self, timestep: Any) -> Step:
+        index = self._step_index
+        if index is None:
+            index = self._begin_index
+        if index is None:
+            index = self.index_for_timestep(timestep)
+        if not 0 <= index < len(self._steps):
+            raise ValueError(
+                f"no step of index {index}: the schedule has {len(self._steps)} steps; "
+                "call set_timesteps to start again"
+            )
+        self._step_index = index + 1
+        return self._steps[index]
 
     def _unrounded(self, sample: Tensor) -> Tensor:
         if self._given is None or self._exact is None:
@@ -179,12 +268,3 @@ class RCMScheduler(_StepScheduler):
         times = rcm_times(num_inference_steps, SIGMA_MAX if sigma_max is None else sigma_max)
         steps = rcm_steps(times, self.config["rule"], self.config["num_train_timesteps"])
         self._start(steps, device)
-
-    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """(1 − t)·sample + t·noise at t = timestep / num_train_timesteps, of shape (B,)."""
-        time = timestep.to(sample) / self.config["num_train_timesteps"]
-        time = time.reshape(-1, *(1,) * (sample.ndim - 1))
-        return (1 - time) * sample + time * noise
-
-    def __len__(self) -> int:
-        return int(self.config["num_train_timesteps"])
