@@ -79,7 +79,8 @@ def test_unknown_recipe_names_the_nearest_one(project):
     assert failure(load_recipe, "tiny-wan/cup") == (
         "unknown recipe 'tiny-wan/cup', did you mean 'tiny-wan/cpu'? Known: tiny-wan/base, "
         "tiny-wan/cpu-all, tiny-wan/cpu-sage, tiny-wan/cpu-sparse, tiny-wan/cpu-turbo, "
-        "tiny-wan/cpu, tiny-wan/h200, tiny-wan/rtx4090, tiny-wan/rtx5090."
+        "tiny-wan/cpu, tiny-wan/h200-turbo, tiny-wan/h200, tiny-wan/rtx4090-turbo, "
+        "tiny-wan/rtx4090, tiny-wan/rtx5090-turbo, tiny-wan/rtx5090."
     )
     message = failure(load_recipe, "stable-cascade")
     assert message.startswith("unknown recipe 'stable-cascade'. Known models: tiny-wan, wan2.1-")

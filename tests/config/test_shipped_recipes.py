@@ -33,9 +33,10 @@ def on_gpus(models, variation):
     return {f"{model}/{gpu}-{variation}" for model in models for gpu in GPUS}
 
 
-def test_large_models_with_released_students_have_recipes_of_few_steps():
+def test_models_with_students_have_recipes_of_few_steps():
     text = {"wan2.1-t2v-1.3b", "wan2.1-t2v-14b"}
-    assert on_gpus({*text, "wan2.2-i2v-a14b"}, "turbo") | {"tiny-wan/cpu-turbo"} == TURBO
+    models = {*text, "wan2.2-i2v-a14b", "tiny-wan"}
+    assert on_gpus(models, "turbo") | {"tiny-wan/cpu-turbo"} == TURBO
     assert on_gpus(text, "turbo-merge") == MERGING
 
 
@@ -50,13 +51,27 @@ def test_a_turbo_recipe_is_the_dense_one_with_a_student_of_few_steps(name):
     assert not recipe.verify.end_to_end  # another model's predictions are no measure
 
 
-@pytest.mark.parametrize("name", sorted((TURBO | MERGING) - {"tiny-wan/cpu-turbo"}))
+@pytest.mark.parametrize(
+    "name", sorted(name for name in TURBO | MERGING if not name.startswith("tiny-wan/"))
+)
 def test_a_turbo_recipe_for_a_gpu_is_the_sparse_one_with_weights_before_it(name):
     recipe = load_recipe(name)
     sparse = load_recipe(f"{name.partition('-turbo')[0]}-sparse").specs()
     weights = BRING_WEIGHTS if name in MERGING else BRING_WEIGHTS[:1]
     assert tuple(spec.name for spec in recipe.specs()[: len(weights)]) == weights
     assert recipe.specs()[len(weights) :] == sparse
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_tiny_wan_has_the_same_students_and_sparsity_on_a_gpu_as_on_a_cpu(gpu):
+    def brought(recipe):
+        added = {*BRING_WEIGHTS, "sparse-attention"}
+        return [spec for spec in recipe.specs() if spec.name in added]
+
+    recipe, on_cpu = load_recipe(f"tiny-wan/{gpu}-turbo"), load_recipe("tiny-wan/cpu-turbo")
+    assert recipe.weights == on_cpu.weights
+    assert brought(recipe) == brought(on_cpu)
+    assert tuple(spec.name for spec in recipe.specs()[:2]) == BRING_WEIGHTS
 
 
 @pytest.mark.parametrize("name", sorted(MERGING))
