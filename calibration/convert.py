@@ -8,6 +8,9 @@ write   FILE.safetensors  diffusers' names
                           in int8, as TurboDiffusion's `-quant.pth`
         FOLDER.dcp        DCP, diffusers' names
 
+A safetensors file is written piece by piece where the source is files too; else memory holds the
+weights as they are written.
+
 What the weights say of themselves, such as that they are a distilled student and by which noise
 level it is sampled, goes with them: into the metadata of a safetensors file; beside a `.pth`, which
 has no place for it that is safe to read, into FILE.json; into distillation.json in a DCP folder. Of
@@ -17,6 +20,7 @@ a training's checkpoint the job tells it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -24,23 +28,26 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 
+from turbo_opt.artifact.shard_writer import write_shard
+from turbo_opt.artifact.shards import plan_file
 from turbo_opt.artifact.staging import sync, write_synced
 from turbo_opt.calibration.data.samples import EMPTY_PROMPT, INDEX, LATENTS
+from turbo_opt.calibration.dcp_weights import STUDENT, no_weights, read_weights_in, weights_in
+from turbo_opt.calibration.places import Say, unheard
 from turbo_opt.calibration.training.checkpoints import RECORD, read_record
-from turbo_opt.calibration.training.dcp import METADATA, read_metadata, read_tensors
-from turbo_opt.checkpoints.names import diffusers_name, original_name, without_prefix
+from turbo_opt.calibration.training.dcp import METADATA
+from turbo_opt.checkpoints.names import is_kept_aside, is_weight, original_name
 from turbo_opt.checkpoints.places import STUDENT_NOTE
 from turbo_opt.checkpoints.quantized import in_int8_blocks
 from turbo_opt.checkpoints.reader import read_network
 from turbo_opt.checkpoints.student import METHOD, Record, first_declaration, notes_beside
-from turbo_opt.errors import BadInput, unknown
+from turbo_opt.errors import BadInput
+from turbo_opt.ir.transforms import reshaped
+from turbo_opt.ir.weights import LazyTensor, WeightStore, cast, constant
 
-_MODEL, _AVERAGE = "model.", "average."
-_STUDENT = "student"
 _DISTILLS = "rcm"
 """The job whose student is sampled in few steps, and its section."""
 _DENOISERS = ("transformer", "transformer_2")
@@ -57,45 +64,51 @@ _HOLD_WEIGHTS = (
 def convert(
     source: Path,
     out: Path,
-    network: str = _STUDENT,
+    network: str | None = None,
     average: bool = True,
     int8: bool = False,
+    dtype: torch.dtype | None = None,
+    say: Say = unheard,
 ) -> int:
     """Write the weights of `source` as `out`, by its suffix; returns how many of them.
 
     Args:
-        network: which of a training checkpoint's networks.
+        network: which of a DCP folder's networks; None: the student of a checkpoint of ours, the
+            only one in another program's.
         average: of a training checkpoint, its moving average where it has one.
         int8: the linear layers of the blocks in 128×128 blocks of int8, in a `.pth`.
+        dtype: of the weights but those of sparse attention, which become float32, as in the result
+            of a job; None: as they are stored.
+        say: told how much of a DCP folder is left out.
 
     Raises:
-        BadInput: it cannot be read, has names that the other layout has no word for, what it says
-            of itself is malformed, `out` is there already, or `int8` is asked of another layout
-            or of weights in int8 blocks.
+        BadInput: it cannot be read, has no weight of Wan, or names that the other layout has no
+            word for, what it says of itself is malformed, `out` is there already, or `int8` is
+            asked of another layout or of weights in int8 blocks.
     """
     check_destination(out, int8)
     if int8:
         _check_not_in_blocks(source)
-    values = read_weights(source, network, average)
+    weights = _lazy_weights(source, network, average, dtype, say)
     said = _said(source, network)
     partial = out.with_name(f".{out.name}.partial")
     if out.suffix == ".dcp":
         shutil.rmtree(partial, ignore_errors=True)
+        values = {name: lazy.load() for name, lazy in weights.items()}
         dcp.save(dict(values), storage_writer=FileSystemWriter(partial), no_dist=True)
         _write_note(partial / STUDENT_NOTE, said)
     elif out.suffix == ".pth":
-        original = as_original(values)
+        original = as_original({name: lazy.load() for name, lazy in weights.items()})
         torch.save(in_int8_blocks(original) if int8 else original, partial)
         # First: without it the file would be taken for what it is not.
         _write_note(_note_of(out), said)
     else:
-        save_file(values, partial, metadata={"format": "pt", **said})
-        partial.chmod(0o644)  # safetensors files are born private
+        write_shard(plan_file(out.name, WeightStore(weights), said), partial, lambda count: None)
     if partial.is_file():  # the folder's files are on disk
         sync(partial)
     os.rename(partial, out)
     sync(out.parent)
-    return len(values)
+    return len(weights)
 
 
 def check_destination(out: Path, int8: bool = False) -> None:
@@ -113,28 +126,55 @@ def check_destination(out: Path, int8: bool = False) -> None:
         )
 
 
-def read_weights(source: Path, network: str = _STUDENT, average: bool = True) -> dict[str, Tensor]:
-    """The weights of one network under diffusers' names, on the CPU.
+def read_weights(
+    source: Path,
+    network: str | None = None,
+    average: bool = True,
+    dtype: torch.dtype | None = None,
+    say: Say = unheard,
+) -> dict[str, Tensor]:
+    """The weights of one network under diffusers' names, on the CPU; see `convert`.
 
     Raises:
-        BadInput: it cannot be read, holds samples, or two of its tensors have one name.
+        BadInput: it cannot be read, holds samples or no weight of Wan, or two of its tensors have
+            one name.
     """
+    weights = _lazy_weights(source, network, average, dtype, say)
+    return {name: lazy.load() for name, lazy in weights.items()}
+
+
+def _lazy_weights(
+    source: Path, network: str | None, average: bool, dtype: torch.dtype | None, say: Say
+) -> dict[str, LazyTensor]:
+    """As `read_weights`; what files hold is not read yet."""
     if any((source / name).is_file() for name in (INDEX, EMPTY_PROMPT)):
         raise BadInput(f"{source}: is a set of samples to learn from; {_HOLD_WEIGHTS}")
-    if not (source / METADATA).is_file():
-        tensors = read_network(_network_in(source)).tensors
-        if LATENTS in tensors:
-            raise BadInput(f"{source}: is a sample, with the latents of a clip; {_HOLD_WEIGHTS}")
-        found = {name: lazy.load() for name, lazy in tensors.items()}
-        return {name: _as_convolution(name, value) for name, value in found.items()}
-    stored = _chosen(source, network, average)
-    metadata = read_metadata(source).state_dict_metadata
-    into = {
-        key: torch.empty(metadata[key].size, dtype=metadata[key].properties.dtype)  # type: ignore[union-attr]
-        for key in stored.values()
+    if (source / METADATA).is_file():
+        keys = weights_in(source, network, average, say)
+        found = {
+            name: constant(value.to(_written_in(name, value.dtype, dtype)))
+            for name, value in read_weights_in(source, keys)
+        }
+        return {name: _as_convolution(source, name, found[name]) for name in keys}
+    if network is not None:
+        raise BadInput(f"{source}: is no DCP folder, so it holds one network; leave --network out")
+    tensors = read_network(_network_in(source)).tensors
+    if LATENTS in tensors:
+        raise BadInput(f"{source}: is a sample, with the latents of a clip; {_HOLD_WEIGHTS}")
+    if not any(is_weight(name) for name in tensors):
+        raise no_weights(source, list(tensors))
+    return {
+        name: _as_convolution(source, name, cast(lazy, _written_in(name, lazy.dtype, dtype)))
+        for name, lazy in tensors.items()
     }
-    read_tensors(source, into)
-    return {name: _as_convolution(name, into[key]) for name, key in stored.items()}
+
+
+def _written_in(name: str, stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype that a weight is written in."""
+    if asked is None or not stored.is_floating_point:
+        return stored
+    # Operators read the weights that only passes know in float32.
+    return torch.float32 if is_kept_aside(name) else asked
 
 
 def as_original(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,7 +194,7 @@ def as_original(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _said(source: Path, network: str) -> dict[str, str]:
+def _said(source: Path, network: str | None) -> dict[str, str]:
     """What `source` says of the weights of one network, text by name.
 
     Raises:
@@ -172,9 +212,9 @@ def _said(source: Path, network: str) -> dict[str, str]:
     return metadata | found[1].as_metadata() if found else metadata
 
 
-def _said_by_job(checkpoint: Path, network: str) -> list[Record]:
+def _said_by_job(checkpoint: Path, network: str | None) -> list[Record]:
     """What the job of a checkpoint says that `network` is; nothing where none of ours wrote it."""
-    if network != _STUDENT or not (checkpoint / RECORD).is_file():
+    if network not in (None, STUDENT) or not (checkpoint / RECORD).is_file():
         return []
     identity = read_record(checkpoint).get("identity")
     if not isinstance(identity, dict) or identity.get("job") != _DISTILLS:
@@ -218,36 +258,15 @@ def _write_note(path: Path, said: Mapping[str, str]) -> None:
         write_synced(path, json.dumps(said, indent=1).encode())
 
 
-def _as_convolution(name: str, value: Tensor) -> Tensor:
+def _as_convolution(source: Path, name: str, weight: LazyTensor) -> LazyTensor:
     """A patch embedding stored as a linear layer in the shape that diffusers has it."""
-    if name != _PATCH_EMBEDDING or value.ndim != 2:
-        return value
-    return value.unflatten(1, (-1, *_PATCH))
-
-
-def _chosen(folder: Path, network: str, average: bool) -> dict[str, str]:
-    """Diffusers' name → key of each weight of one network in a DCP folder."""
-    keys = list(read_metadata(folder).state_dict_metadata)
-    networks = sorted({key.partition(".")[0] for key in keys if f".{_MODEL}" in key})
-    ours = [name for name in networks if f"{name}.adamw.updates" in keys]
-    if not ours:
-        return _unique(folder, {key: diffusers_name(without_prefix(key)) for key in keys})
-    if network not in ours:
-        raise BadInput(f"{folder}: {unknown('network', network, ours)}")
-    chosen: dict[str, str] = {}
-    for section in (_MODEL, _AVERAGE) if average else (_MODEL,):
-        prefix = f"{network}.{section}"
-        chosen |= {k.removeprefix(prefix): k for k in keys if k.startswith(prefix)}
-    return chosen
-
-
-def _unique(folder: Path, names: Mapping[str, str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, name in names.items():
-        if name in found:
-            raise BadInput(f"{folder}: {found[name]!r} and {key!r} are both the weight {name!r}")
-        found[name] = key
-    return found
+    if name != _PATCH_EMBEDDING or len(weight.shape) != 2:
+        return weight
+    width, inputs = weight.shape
+    patch = math.prod(_PATCH)
+    if inputs % patch:
+        raise BadInput(f"{source}: {name} has {inputs} inputs, which are no patches of {patch}")
+    return reshaped(weight, (width, inputs // patch, *_PATCH))
 
 
 def _listed() -> str:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from turbo_opt.calibration.training.world import World
-from turbo_opt.capture.checkpoint import Checkpoint, open_checkpoint
+from turbo_opt.capture.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
 from turbo_opt.capture.folder import PipelineFolder, open_pipeline
+from turbo_opt.checkpoints.reader import fitted, read_network
 from turbo_opt.errors import BadInput
 
 Prepare = Callable[[nn.Module], None]
@@ -28,24 +29,40 @@ Prepare = Callable[[nn.Module], None]
 
 @dataclass(frozen=True)
 class DenoiserFolder:
-    """One denoiser of a pipeline's folder.
+    """One denoiser of a pipeline's folder, or its architecture with weights from elsewhere.
 
     Attributes:
         pipeline: the folder.
         name: `transformer` or `transformer_2`.
         class_name: its diffusers class.
         config: its config.json.
+        weights: a file or folder in any layout of `turbo_opt.checkpoints`; None: the pipeline's.
     """
 
     pipeline: PipelineFolder
     name: str
     class_name: str
     config: Mapping[str, Any]
+    weights: Path | None = None
 
     @property
     def path(self) -> Path:
-        """Where its config and weights lie."""
-        return self.pipeline.path / self.name
+        """Where its weights lie, and its config if they are the pipeline's."""
+        return self.weights or self.pipeline.path / self.name
+
+    def checkpoint(self, expected: Mapping[str, Tensor]) -> Checkpoint:
+        """The expected weights, name → meta tensor, and those that are kept for passes, unread.
+
+        Raises:
+            BadInput: one is missing or of another shape.
+        """
+        if self.weights is None:
+            return open_checkpoint(self.path, expected, {})
+        stored = dict(read_network(self.weights).tensors)
+        for name, meta in expected.items():
+            if name in stored:
+                stored[name] = fitted(name, stored[name], tuple(meta.shape)) or stored[name]
+        return checkpoint_of(self.weights, stored, expected, {})
 
 
 def open_denoiser(source: str, name: str, base: Path | None = None) -> DenoiserFolder:
@@ -178,7 +195,7 @@ def open_weights(
         for name, parameter in network.named_parameters()
         if name not in fill
     }
-    return open_checkpoint(folder.path, expected, {})
+    return folder.checkpoint(expected)
 
 
 def _shard(network: nn.Module, world: World) -> None:

@@ -17,6 +17,10 @@ from turbo_opt.ir.program import Program
 IN_16_BITS = "16 bits"
 DIVIDED = "divided"
 """Choice of `balance-channels` for the layers of a group that it divides."""
+_MEASURE_AGAIN = (
+    "measure the layers of this model with `turbo-opt calibrate scales RECIPE --data SAMPLES "
+    "--out FILE.json`"
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ def choose_schemes(
     groups: dict[tuple[Node, str], list[Node]] = {}
     for node, module in layers.items():
         if module not in measured.linear:
-            raise BadInput(f"the scales say nothing of {module}, which {denoiser} has")
+            raise BadInput(
+                f"the scales say nothing of {module}, which {denoiser} has; {_MEASURE_AGAIN}"
+            )
         source = node.all_input_nodes[0]
         groups.setdefault((source, module.rpartition(".")[0]), []).append(node)
     sqnr = _measured_sqnr(measured, divided, threshold.judged_by)
@@ -123,7 +129,7 @@ def share_costs(
     """
     for name in layers:
         if name not in measured:
-            raise BadInput(f"the scales say nothing of the self-attention {name}")
+            raise BadInput(f"the scales say nothing of the self-attention {name}; {_MEASURE_AGAIN}")
     found = {name: measured[name] for name in layers}
     if all(each.prediction_errors for each in found.values()):
         return {

@@ -19,8 +19,9 @@ from turbo_opt.calibration.data.samples import SampleSet
 from turbo_opt.calibration.export import export_model
 from turbo_opt.calibration.fits import check_fits, check_shares
 from turbo_opt.calibration.flow import BOUNDARY, boundary_of, settled
+from turbo_opt.calibration.given_weights import open_alike
 from turbo_opt.calibration.jobs.load import AnyJob
-from turbo_opt.calibration.networks import DenoiserFolder, check_same_architecture, open_denoiser
+from turbo_opt.calibration.networks import DenoiserFolder, open_denoiser
 from turbo_opt.calibration.places import (
     MODEL,
     REPORT,
@@ -47,7 +48,7 @@ class Parts(Generic[AnyJob]):
     """A job with what it names, found and fitting; no weight is read.
 
     Attributes:
-        start: where the student's weights begin: the teacher's folder, or an earlier student's.
+        start: where the student's weights begin: with the teacher's, or those of another place.
         companions: other models that are learned from.
     """
 
@@ -59,7 +60,7 @@ class Parts(Generic[AnyJob]):
 
     @property
     def imitated(self) -> dict[str, Path]:
-        """Folders of the networks that are learned from, by what the job calls them."""
+        """Where the weights that are learned from lie, by what the job calls them."""
         others = {f"companions[{i}]": each.path for i, each in enumerate(self.companions)}
         return {"teacher": self.teacher.path, **others}
 
@@ -81,8 +82,7 @@ def open_parts(job: AnyJob, start: str | None = None, say: Say = unheard) -> Par
     """
     teacher = student = open_denoiser(job.teacher.source, job.teacher.denoiser, job.folder)
     if start is not None:
-        student = open_denoiser(str(job.path(start)), teacher.name)
-        check_same_architecture(teacher, student)
+        student = open_alike("student.start", start, teacher, job.folder)
     samples = SampleSet.open(job.path(job.data.folder), job.data.broken_share)
     split(samples, job.data.held_out)
     check_fits(samples, teacher)

@@ -221,9 +221,10 @@ class Student(Section):
 
     start: str | None = Field(
         None,
-        description="A `model` folder of an earlier job or of the closed form, relative to this "
-        "file; null begins with the teacher's weights and a zero `proj_l`. sla.mode sla2 needs one "
-        "of `turbo-opt calibrate router`.",
+        description="A `model` folder of an earlier job or of the closed form, or weights for the "
+        "teacher's architecture in any layout that recipes take (`convert` writes some); relative "
+        "to this file. null begins with the teacher's weights and a zero `proj_l`. sla.mode sla2 "
+        "needs one of `turbo-opt calibrate router`.",
     )
 
 
@@ -232,8 +233,9 @@ class Companion(Section):
 
     source: str = Field(
         min_length=1,
-        description="A diffusers folder (relative to this file), such as the `model` of a job that "
-        "distilled, or a hub id.",
+        description="A diffusers folder, such as the `model` of a job that distilled, or weights "
+        "for the teacher's architecture in any layout that recipes take; relative to this file, or "
+        "a hub id.",
     )
     noise: Noise = Field(
         default_factory=Noise,

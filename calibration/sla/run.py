@@ -10,15 +10,10 @@ from torch import nn
 
 from turbo_opt.calibration.data.batches import Batches, split
 from turbo_opt.calibration.flow import Denoiser, NoiseLevels, autocast, settled
+from turbo_opt.calibration.given_weights import open_alike
 from turbo_opt.calibration.jobs.run import Parts, export, open_parts, shipped_weights, train
 from turbo_opt.calibration.jobs.schema import SLAJob
-from turbo_opt.calibration.networks import (
-    DenoiserFolder,
-    build_network,
-    check_same_architecture,
-    open_denoiser,
-    set_parameter,
-)
+from turbo_opt.calibration.networks import DenoiserFolder, build_network, set_parameter
 from turbo_opt.calibration.places import MODEL, Progress, Report, Say, job_folder, unheard
 from turbo_opt.calibration.sla.attention import Sparsity
 from turbo_opt.calibration.sla.closed_form import (
@@ -138,10 +133,10 @@ def _open(job: SLAJob, say: Say = unheard) -> Parts[SLAJob]:
     parts = open_parts(job, job.student.start, say)
     check_start(job.sla, parts.start, say)
     companions = tuple(
-        open_denoiser(each.source, job.teacher.denoiser, job.folder) for each in job.companions
+        open_alike(f"companions[{index}].source", each.source, parts.teacher, job.folder)
+        for index, each in enumerate(job.companions)
     )
     for each in companions:
-        check_same_architecture(parts.teacher, each)
         check_dense(each)
     # A difference that an expert has learned is added to the same expert.
     settled_job = parts.job.model_copy(

@@ -19,7 +19,6 @@ from turbo_opt.calibration.places import Say, unheard
 from turbo_opt.calibration.sla.attention import Sparsity, linear_branch, sparse_branch
 from turbo_opt.calibration.sla2.router import ROUTER, add_routers, attend_routed, router_names
 from turbo_opt.calibration.training.context import heads_to_tokens, tokens_to_heads
-from turbo_opt.capture.checkpoint import open_checkpoint
 from turbo_opt.errors import BadInput
 
 PROJECTION = "proj_l"
@@ -94,7 +93,7 @@ def check_start(settings: SparseLinear | None, start: DenoiserFolder, say: Say =
     Raises:
         BadInput: a student of SLA2 would start without a router.
     """
-    stored = open_checkpoint(start.path, {}, {}).unread
+    stored = start.checkpoint({}).unread
     mode = "dense" if settings is None else settings.mode
     if useless := [name for name in stored if _is_left_out(name, mode)]:
         say(
@@ -120,7 +119,7 @@ def _is_left_out(name: str, mode: str) -> bool:
 
 def check_dense(folder: DenoiserFolder) -> None:
     """Raise BadInput if a companion is tuned for sparse attention. Reads no weights."""
-    stored = open_checkpoint(folder.path, {}, {}).unread
+    stored = folder.checkpoint({}).unread
     learned = [name for name in stored if f".attn1.{PROJECTION}." in name or f".{ROUTER}." in name]
     if learned:
         raise BadInput(

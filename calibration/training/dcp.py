@@ -1,7 +1,8 @@
 """Folders of PyTorch Distributed Checkpoint (DCP), read without trusting them.
 
 A DCP folder's `.metadata` is a pickle, which may run code when it is read. Only the classes that
-describe tensors are let through; entries that are not tensors are refused.
+describe tensors are let through. Entries that are not tensors are pickles again: a checkpoint of
+ours has none, and those of other programs are left where they are.
 """
 
 from __future__ import annotations
@@ -59,17 +60,31 @@ class TensorReader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """See FileSystemReader."""
-        metadata = read_metadata(Path(self.path))
+        metadata, _ = read_tensor_metadata(Path(self.path))
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What a DCP folder holds.
+    """What a DCP folder of tensors alone holds.
 
     Raises:
         BadInput: it is no finished DCP folder, or holds more than tensors.
+    """
+    metadata, others = read_tensor_metadata(folder)
+    if others:
+        raise BadInput(
+            f"{folder}: holds pickled objects ({', '.join(others[:3])}); only tensors are read"
+        )
+    return metadata
+
+
+def read_tensor_metadata(folder: Path) -> tuple[Metadata, list[str]]:
+    """What tensors a DCP folder holds, and the names of what else is in it, which nobody can read.
+
+    Raises:
+        BadInput: it is no finished DCP folder.
     """
     file = folder / METADATA
     if not folder.is_dir():
@@ -89,21 +104,19 @@ def read_metadata(folder: Path) -> Metadata:
             for info in (metadata.storage_data or {}).values()
             if Path(info.relative_path).name != info.relative_path
         ]
-        others = [
-            name
-            for name, entry in metadata.state_dict_metadata.items()
-            if not isinstance(entry, TensorStorageMetadata)
-        ]
+        entries = metadata.state_dict_metadata
+        if not all(isinstance(name, str) for name in entries):
+            raise pickle.UnpicklingError("names that are no text")
+        others = sorted(
+            name for name, entry in entries.items() if not isinstance(entry, TensorStorageMetadata)
+        )
+        for name in others:
+            del entries[name]
     except Exception as error:  # damage shows as almost any
         raise BadInput(f"{file}: not the metadata of a DCP checkpoint ({error})") from None
     if outside:
         raise BadInput(f"{file}: points outside its folder ({outside[0]})")
-    if others:
-        raise BadInput(
-            f"{folder}: holds pickled objects ({', '.join(sorted(others)[:3])}); only tensors are "
-            "read"
-        )
-    return metadata
+    return metadata, others
 
 
 def check_holds(folder: Path, wanted: Mapping[str, Tensor]) -> None:
@@ -112,7 +125,7 @@ def check_holds(folder: Path, wanted: Mapping[str, Tensor]) -> None:
     Raises:
         BadInput: one is not; the folder is of another training.
     """
-    stored: dict[str, Any] = read_metadata(folder).state_dict_metadata
+    stored: dict[str, Any] = read_tensor_metadata(folder)[0].state_dict_metadata
     missing = sorted(name for name in wanted if name not in stored)
     if missing:
         raise BadInput(

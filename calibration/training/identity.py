@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from turbo_opt.artifact.shards import tensor_bytes
 from turbo_opt.calibration.jobs.schema import Job
-from turbo_opt.checkpoints.folder import shards
+from turbo_opt.checkpoints.places import files_in
 from turbo_opt.errors import BadInput
-from turbo_opt.ir.files import SafetensorsFile
+from turbo_opt.ir.files import SafetensorsFile, dtype_code
+from turbo_opt.ir.tensor_files import TensorFile, open_tensor_file
 
 _SAME_SECTIONS = ("job", "teacher", "noise", "sla", "student", "rcm", "router", "companions")
 _SAME_KEYS = {
@@ -25,26 +30,41 @@ def identity_of(job: Job, samples: int, imitated: Mapping[str, Path]) -> dict[st
 
     Args:
         samples: how many the set has.
-        imitated: folders of the networks that are learned from, such as the teacher's, by what the
-            job calls them.
+        imitated: folders or files of the networks that are learned from, such as the teacher's,
+            by what the job calls them.
     """
     said = job.canonical()
     identity = {key: said[key] for key in _SAME_SECTIONS if key in said}
     for section, keys in _SAME_KEYS.items():
         identity[section] = {key: said[section][key] for key in keys}
     identity["data"]["samples"] = samples
-    identity[WEIGHTS] = {name: weights_identity(folder) for name, folder in imitated.items()}
+    identity[WEIGHTS] = {name: weights_identity(place) for name, place in imitated.items()}
     return identity
 
 
-def weights_identity(folder: Path) -> str:
+def weights_identity(place: Path) -> str:
     """A digest that stands for the weights of one network, wherever and whenever they were written.
 
     Raises:
         BadInput: there are none.
     """
-    files = [SafetensorsFile.open(str(path)).content for path, _ in shards(folder)]
+    files = [_content(open_tensor_file(str(path))) for path, _ in files_in(place)]
     return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+
+def _content(file: TensorFile) -> str:
+    """A digest that stands for the tensors of a file: their names, shapes, dtypes and some values,
+    of a PyTorch file the first row of each."""
+    if isinstance(file, SafetensorsFile):
+        return file.content
+    hasher = hashlib.sha256()
+    for key in sorted(file.keys()):
+        shape, dtype = file.describe(key)
+        hasher.update(json.dumps([key, list(shape), dtype_code(dtype)]).encode())
+        nothing = torch.empty(0, dtype=torch.uint8)  # the file is mapped
+        row = file.read_rows(key, 0, 1, nothing) if shape else file.read(key)
+        hasher.update(tensor_bytes(row))
+    return hasher.hexdigest()
 
 
 def check_same_job(path: Path, theirs: Any, ours: Mapping[str, Any]) -> None:

@@ -227,6 +227,32 @@ def test_faults_of_a_job_have_file_and_line(home: Path, tmp_path: Path) -> None:
     assert unknown.exit_code == 2 and "did you mean 'sla'" in unknown.stderr
 
 
+def test_weights_of_another_program_are_converted_in_the_precision_asked_for(
+    home: Path, tmp_path: Path
+) -> None:
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from safetensors.torch import load_file
+
+    from turbo_opt.calibration.convert import read_weights
+
+    values = read_weights(home / "teacher")
+    state = {"net": values, "net_ema": values, "step": 3}
+    dcp.save(state, checkpoint_id=tmp_path / "rcm.dcp", no_dist=True)
+    source, out = tmp_path / "rcm.dcp", tmp_path / "out.safetensors"
+    refused = invoke("calibrate", "convert", source, out)
+    assert refused.exit_code == 2 and "name one, like `--network net_ema`" in refused.stderr
+    options = ("--network", "net_ema", "--dtype", "bfloat16")
+    result = invoke("calibrate", "convert", source, out, *options)
+    assert result.exit_code == 0, result.stderr
+    assert f"{len(values) + 1} of {2 * len(values) + 1} entries are left out" in " ".join(
+        result.stderr.split()
+    )
+    found = load_file(out)
+    assert found.keys() == values.keys()
+    assert {value.dtype for value in found.values()} == {torch.bfloat16}
+
+
 def test_weights_are_converted_also_to_int8_blocks(home: Path, tmp_path: Path) -> None:
 
     source, out = home / "teacher", tmp_path / "teacher-quant.pth"

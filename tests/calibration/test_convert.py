@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemWriter
 
 from tests.helpers.tiny_folder import shared_folder
-from turbo_opt.calibration.convert import convert, read_weights
+from turbo_opt.calibration.convert import as_original, convert, read_weights
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
 from turbo_opt.calibration.rcm.schema import RCMJob
+from turbo_opt.calibration.training.dcp import read_tensors
 from turbo_opt.calibration.training.identity import identity_of
 from turbo_opt.checkpoints.quantized import in_int8_blocks
 from turbo_opt.checkpoints.reader import read_network
@@ -143,6 +146,131 @@ def test_a_dcp_folder_of_another_program_is_read_under_diffusers_names(tmp_path:
     dcp.save(dict(state), storage_writer=FileSystemWriter(tmp_path / "rcm.dcp"), no_dist=True)
     found = read_weights(tmp_path / "rcm.dcp")
     assert sorted(found) == ["blocks.0.attn1.to_q.bias", "proj_out.bias"]
+
+
+def written(folder: Path, state: dict[str, object]) -> Path:
+    """A DCP folder of another program."""
+    dcp.save(dict(state), storage_writer=FileSystemWriter(folder), no_dist=True)
+    return folder
+
+
+def test_of_several_networks_of_another_program_one_has_to_be_named(weights, tmp_path) -> None:
+    original = as_original(weights)
+    nets = {"net": 1, "net_ema": 2}
+    state = {f"{net}.{name}": by * x for net, by in nets.items() for name, x in original.items()}
+    folder = written(tmp_path / "rcm.dcp", state)
+    several = r"rcm.dcp: holds several networks \('net', 'net_ema'\); name one, like `--network net"
+    with pytest.raises(BadInput, match=several + "_ema`"):
+        convert(folder, tmp_path / "out.safetensors")
+    with pytest.raises(BadInput, match="unknown network 'net_em', did you mean 'net_ema'"):
+        convert(folder, tmp_path / "out.safetensors", "net_em")
+    for net, by in nets.items():
+        said: list[str] = []
+        convert(folder, tmp_path / f"{net}.safetensors", net, say=said.append)
+        assert_same(
+            load_file(tmp_path / f"{net}.safetensors"), {n: by * x for n, x in weights.items()}
+        )
+        assert f"{len(weights)} of {2 * len(weights)} entries are left out, as they" in said[0]
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "net.", "model.net_ema."])
+def test_what_another_program_puts_before_names_is_no_part_of_them(
+    weights, tmp_path: Path, prefix: str
+) -> None:
+    folder = written(
+        tmp_path / "theirs.dcp", {f"{prefix}{n}": x for n, x in as_original(weights).items()}
+    )
+    assert_same(read_weights(folder), weights)
+
+
+def test_of_a_whole_training_only_the_weights_are_taken(weights, tmp_path: Path) -> None:
+    original = as_original(weights)
+    moments = {name: {"exp_avg": x, "step": torch.ones(())} for name, x in original.items()}
+    state = {
+        "model": {**original, "accum_iteration": torch.zeros(())},
+        "optimizer": {"state": moments, "param_groups": {"lr": 0.1}},
+        "step": 7,
+    }
+    said: list[str] = []
+    folder = written(tmp_path / "training.dcp", state)
+    assert_same(read_weights(folder, say=said.append), weights)
+    count = 2 * len(weights) + 3
+    assert f"{count} of {count + len(weights)} entries are left out, as they are no w" in said[0]
+    assert "weights of its network 'model': model.accum_iteration, " in said[0]
+
+
+def test_an_entry_that_is_no_tensor_is_never_unpickled(weights, tmp_path: Path) -> None:
+    name = "net.head.head.bias"
+    folder = written(tmp_path / "trap.dcp", {name: {1, 2}, "net.head.head.weight": torch.ones(2)})
+    assert list(read_weights(folder)) == ["proj_out.weight"]
+    with pytest.raises(BadInput, match=f"lacks 1 of 1 tensors \\({name}\\)"):
+        read_tensors(folder, {name: torch.ones(2)})
+
+
+@pytest.mark.parametrize("suffix", ["dcp", "pth", "safetensors"])
+def test_weights_of_something_else_are_refused(tmp_path: Path, suffix: str) -> None:
+    state = {"encoder.layers.0.weight": torch.ones(2), "blocks.0.attn.qkv.weight": torch.ones(2)}
+    source = tmp_path / f"other.{suffix}"
+    if suffix == "dcp":
+        written(source, state)
+    elif suffix == "pth":
+        torch.save(state, source)
+    else:
+        save_file(state, source)
+    none = (
+        r"other\.\w+: none of its 2 tensors is named like a weight of Wan, .* \(blocks.0.attn.qkv"
+    )
+    with pytest.raises(BadInput, match=none):
+        convert(source, tmp_path / "out.safetensors")
+
+
+def test_a_network_is_chosen_in_dcp_folders_only(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="teacher: is no DCP folder, so it holds one network; leave"):
+        convert(home / "teacher", tmp_path / "out.safetensors", "student")
+
+
+def test_an_unfinished_checkpoint_is_told_from_an_empty_folder(weights, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / ".step-000200.partial", weights)
+    (checkpoint / ".metadata").unlink()
+    with pytest.raises(BadInput, match=r"is an unfinished DCP checkpoint: .* `latest` in"):
+        convert(checkpoint, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+@pytest.mark.parametrize("from_files", [False, True])
+def test_the_precision_is_that_asked_for_but_of_sparse_attention(
+    weights, tmp_path: Path, suffix: str, from_files: bool
+) -> None:
+    stored = {**weights, "blocks.1.attn1.proj_l.bias": torch.randn(128).bfloat16()}
+    source = tmp_path / "source.safetensors"
+    if from_files:
+        save_file(stored, source)
+    else:
+        source = write_checkpoint(tmp_path / "step", stored)
+    convert(source, tmp_path / f"out{suffix}", average=False, dtype=torch.float16)
+    expected = {n: x.float() if "proj_l" in n else x.half() for n, x in stored.items()}
+    found = read_weights(tmp_path / f"out{suffix}")
+    assert_same(found, expected)
+    assert {n: x.dtype for n, x in found.items()} == {n: x.dtype for n, x in expected.items()}
+
+
+def test_a_safetensors_file_is_written_without_holding_the_weights(tmp_path: Path) -> None:
+    source = tmp_path / "large.safetensors"
+    names = [f"blocks.{layer}.ffn.0.weight" for layer in range(12)]
+    save_file({name: torch.zeros(4096, 4096, dtype=torch.bfloat16) for name in names}, source)
+    script = (
+        "import resource, sys, torch; from pathlib import Path\n"
+        "torch.set_num_threads(1)\n"
+        "from turbo_opt.calibration.convert import convert\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"convert(Path({str(source)!r}), Path({str(tmp_path / 'out.safetensors')!r}), "
+        "dtype=torch.float32)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert int(made.stdout) < 500 * 2**10  # KiB; the result is 768 MiB
+    assert (tmp_path / "out.safetensors").stat().st_size > 768 * 2**20
 
 
 def test_a_diffusers_folder_is_read(home: Path, tmp_path: Path) -> None:

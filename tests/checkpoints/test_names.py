@@ -14,6 +14,7 @@ from tests.helpers.variants import VARIANTS
 from turbo_opt.checkpoints.names import (
     diffusers_name,
     is_kept_aside,
+    is_weight,
     original_name,
     without_prefix,
 )
@@ -82,8 +83,12 @@ def test_other_names_stay_as_they_are(name):
     assert diffusers_name(name) == name
 
 
-@given(st.lists(st.sampled_from(["net.", "model.diffusion_model.", "transformer."]), max_size=3),
-       st.sampled_from(EVERY))  # fmt: skip
+@given(
+    st.lists(
+        st.sampled_from(["net.", "model.", "model.diffusion_model.", "transformer."]), max_size=3
+    ),
+    st.sampled_from(EVERY),
+)
 def test_prefixes_come_off_in_any_number(prefixes, name):
     assert without_prefix("".join(prefixes) + name) == name
     assert without_prefix("".join(prefixes) + original_name(name)) == original_name(name)
@@ -107,3 +112,27 @@ def test_projections_of_sparse_linear_attention_are_kept_aside():
     assert not is_kept_aside("blocks.0.attn1.router.proj_q.bias")
     assert not is_kept_aside("blocks.0.attn1.to_q.weight")
     assert not is_kept_aside("proj_l.weights")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_weights_are_told_by_their_names_in_both_layouts(name):
+    names = parameters(VARIANTS[name])
+    assert all(map(is_weight, [*names, *map(original_name, names)]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "net.blocks.0.self_attn.q.weight",
+        "blocks.0.self_attn.q.weight.exp_avg",
+        "blocks.0.modulation.exp_avg",
+        "blocks.0.modulation.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.self_attn.q",
+        "encoder.weight",
+        "step",
+        "",
+    ],
+)
+def test_other_names_are_no_weights(name):
+    assert not is_weight(name)

@@ -128,6 +128,11 @@ def test_one_file_in_a_folder_is_found_several_are_not_guessed(here):
     (here / ".metadata").write_text("")
     with pytest.raises(BadInput, match=r"is a DCP checkpoint, .*`turbo-opt calibrate convert /"):
         files_in(here)
+    (here / ".metadata").unlink()
+    (here / "__0_0.distcp").write_text("")
+    unfinished = r"unfinished DCP checkpoint: .* cut off; take an earlier one \(of .* `latest` in"
+    with pytest.raises(BadInput, match=unfinished):
+        files_in(here)
     one = write_safetensors(here / "a.safetensors", WEIGHTS)
     assert files_in(here) == [(one, None)]
     torch.save({}, "b.pth")

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.scales import TOPK, write_scales_of
+from tests.helpers.scales import TOPK, scales_data, write_scales_of
 from tests.helpers.variants import VARIANTS, captured_program, compiled, random_inputs
 from tests.passes.graphs import calls_of, ops_of, reasons_of
 from turbo_opt.compiler.manager import PassManager
 from turbo_opt.compiler.pipeline import parse_pipeline
+from turbo_opt.compiler.scales import Scales, write_scales
 from turbo_opt.compiler.validation import validate_pipeline
 from turbo_opt.compiler.verification import sqnr_db
 from turbo_opt.errors import BadInput
@@ -215,8 +216,18 @@ def test_shares_that_cannot_be_chosen_say_why(chosen_by, program, scales, option
         chosen_by(program, f"sparse-attention{{{proj}{options} {measured}}}")
 
 
+def test_a_linear_layer_that_was_not_measured_is_named(chosen_by, program, tmp_path):
+    data = scales_data(program)
+    del data["denoisers"]["transformer"]["linear"][FFN]
+    write_scales(Scales.model_validate(data), tmp_path / "scales.json")
+    named = f"nothing of {FFN}, which transformer has; measure .*`turbo-opt calibrate scales R"
+    with pytest.raises(BadInput, match=named):
+        chosen_by(program, f'quantize-linear{{scales="{tmp_path}/scales.json" min_sqnr=30}}')
+
+
 def test_a_self_attention_that_was_not_measured_is_named(chosen_by, program, scales):
-    with pytest.raises(BadInput, match=r"say nothing of the self-attention blocks.0.attn1"):
+    named = r"nothing of the self-attention blocks.0.attn1; measure .*`turbo-opt calibrate scales R"
+    with pytest.raises(BadInput, match=named):
         chosen_by(program, f"sparse-attention{{proj_l=zero topk=0.5 {scales()}}}")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def plan_shards(weights: WeightStore, stem: str, max_bytes: int) -> list[Shard]:
         bins[-1].update(group)
         filled += size
     return [
-        _plan(f"{stem}-{index:05d}-of-{len(bins):05d}.safetensors", WeightStore(tensors))
+        plan_file(f"{stem}-{index:05d}-of-{len(bins):05d}.safetensors", WeightStore(tensors))
         for index, tensors in enumerate(bins, 1)
     ]
 
@@ -77,9 +78,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _plan(file: str, unordered: WeightStore) -> Shard:
+def plan_file(
+    file: str, unordered: WeightStore, metadata: Mapping[str, str] | None = None
+) -> Shard:
+    """One file of a whole store.
+
+    Args:
+        metadata: what it says of itself besides its format, text by name.
+    """
     weights = WeightStore({name: unordered[name] for name in _order(unordered)})
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, tensor in weights.items():
         entries[name] = {

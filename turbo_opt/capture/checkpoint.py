@@ -11,6 +11,7 @@ from torch import Tensor
 
 from turbo_opt.checkpoints.folder import shards
 from turbo_opt.checkpoints.names import diffusers_name, is_kept_aside
+from turbo_opt.checkpoints.reader import listed
 from turbo_opt.errors import BadInput, nearest
 from turbo_opt.ir.files import SafetensorsFile
 from turbo_opt.ir.weights import LazyTensor, WeightStore, cast, constant, from_file
@@ -46,21 +47,37 @@ def open_checkpoint(
     Raises:
         BadInput: a shard or a weight is missing, truncated or of another shape.
     """
-    stored = _stored_tensors(folder)
+    return checkpoint_of(folder, _stored_tensors(folder), expected, tables)
+
+
+def checkpoint_of(
+    place: Path,
+    stored: Mapping[str, LazyTensor],
+    expected: Mapping[str, Tensor],
+    tables: Mapping[str, Tensor],
+) -> Checkpoint:
+    """As `open_checkpoint`, of the tensors that are stored in `place`.
+
+    Raises:
+        BadInput: weights are missing, or one has another shape.
+    """
+    wanted = [name for name in expected if name not in tables]
+    missing = [name for name in wanted if name not in stored]
+    if missing:
+        raise BadInput(
+            f"{place}: lacks {len(missing)} of {len(wanted)} weights: "
+            f"{listed(missing)}{nearest(min(missing), stored)} (a shard is missing, or the weights "
+            "are of another model)"
+        )
     store = WeightStore()
     for name, meta in expected.items():
         if name in tables:
             store[name] = constant(tables[name])
             continue
-        if name not in stored:
-            raise BadInput(
-                f"{folder}: the checkpoint has no weight {name!r}{nearest(name, stored)} "
-                "(a shard is missing, or the weights are of another model)"
-            )
         tensor = stored[name]
         if tensor.shape != tuple(meta.shape):
             raise BadInput(
-                f"{folder}: weight {name!r} has shape {list(tensor.shape)}, "
+                f"{place}: weight {name!r} has shape {list(tensor.shape)}, "
                 f"config.json asks for {list(meta.shape)}"
             )
         store[name] = cast(tensor, meta.dtype)

@@ -58,10 +58,21 @@ _PREFIXES = (
     "model.diffusion_model.",
     "diffusion_model.",
     "base_model.model.",
+    "model.",
     "net.",
     "transformer.",
     "transformer_2.",
 )
+_BARE = frozenset(
+    {
+        "modulation",
+        "head.modulation",
+        "img_emb.emb_pos",
+        "scale_shift_table",
+        "condition_embedder.image_embedder.pos_embed",
+    }
+)
+"""Parameters that are no module's `weight` or `bias`."""
 _TRAINING_COUNTERS = frozenset(
     {
         "accum_video_sample_counter",
@@ -94,6 +105,23 @@ def diffusers_name(name: str) -> str:
 def original_name(name: str) -> str | None:
     """The name that the original Wan has for a weight of diffusers; None where it has none."""
     return _renamed(name, _TOP_BACK, _BLOCK_BACK)
+
+
+def is_weight(name: str) -> bool:
+    """Whether `name`, without prefix, is a weight's of some Wan: the original's, or diffusers'."""
+    inside = _IN_BLOCK.fullmatch(name)
+    rest = inside[2] if inside else name
+    tables = (_BLOCK, _BLOCK_BACK) if inside else (_TOP, _TOP_BACK)
+    if rest in _BARE:
+        return any(rest in table for table in tables)
+    module, _, leaf = rest.rpartition(".")
+    named = leaf in ("weight", "bias") and module not in _BARE
+    return named and any(module in table for table in tables)
+
+
+def is_in_block(name: str) -> bool:
+    """Whether `name`, without prefix, is inside a transformer block."""
+    return _IN_BLOCK.fullmatch(name) is not None
 
 
 def is_kept_aside(name: str) -> bool:

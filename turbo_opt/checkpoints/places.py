@@ -22,7 +22,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 _NETWORKS = ("transformer", "transformer_2")
 STUDENT_NOTE = "distillation.json"
 """What the weights in a folder say of themselves, beside them."""
-_DCP_METADATA = ".metadata"
+_DCP_METADATA, _DCP_DATA = ".metadata", "*.distcp"
 _HUB_FOLDERS = ["transformer/*", "transformer_2/*", "*.json"]
 
 
@@ -83,7 +83,7 @@ def files_in(place: Path) -> list[Shard]:
 
     Raises:
         BadInput: there are none, or several that no index ties together, or they are in a DCP
-            folder, which is for `turbo_opt.calibration` to read.
+            folder, which is for `turbo_opt.calibration` to read, finished or not.
     """
     if place.is_file():
         if not place.name.endswith(FILE_SUFFIXES):
@@ -98,6 +98,12 @@ def files_in(place: Path) -> list[Shard]:
         raise BadInput(
             f"{place}: is a DCP checkpoint, as trainings write them; `turbo-opt calibrate convert "
             f"{place} OUT.safetensors` makes of it the file to name here"
+        )
+    if not found and any(place.glob(_DCP_DATA)):
+        raise BadInput(
+            f"{place}: is an unfinished DCP checkpoint: it has data but no {_DCP_METADATA}, so its "
+            "writing was cut off; take an earlier one (of a training job, the file `latest` in "
+            "`checkpoints` names the newest whole one)"
         )
     if len(found) != 1:
         names = ", ".join(path.name for path in found[:5])

@@ -61,6 +61,18 @@ def test_the_same_values_under_another_name_are_other_weights(tmp_path) -> None:
     assert weights_identity(written(tmp_path / "x", v=torch.zeros(8))) != before
 
 
+def test_a_pytorch_file_is_known_by_its_values_not_by_its_time(tmp_path) -> None:
+    weights = {"w": torch.randn(30, 30), "b": torch.zeros(())}
+    torch.save(weights, tmp_path / "one.pth")
+    torch.save(weights, tmp_path / "other.pth")
+    os.utime(tmp_path / "other.pth", (1, 1))
+    one = weights_identity(tmp_path / "one.pth")
+    assert weights_identity(tmp_path / "other.pth") == one
+    torch.save({**weights, "w": weights["w"] + 1e-6}, tmp_path / "trained.pth")
+    torch.save({**weights, "b": torch.ones(())}, tmp_path / "shifted.pth")
+    assert one not in map(weights_identity, (tmp_path / "trained.pth", tmp_path / "shifted.pth"))
+
+
 def test_other_weights_of_what_is_imitated_are_refused_by_name(home, tmp_path) -> None:
     job = load_job(home / "job.yaml", SLAJob)
     teacher = tmp_path / "transformer"
