@@ -136,11 +136,19 @@ class Preview:
             )
             if not self._world.is_main:
                 continue
-            self._components.vae.to(self._world.device)
-            try:
+            try:  # the training is judged by its loss
+                self._components.vae.to(self._world.device)
                 frames = decode(self._components, latents)
-            except TurboOptError as error:  # the training is judged by its loss
+            except TurboOptError as error:
                 self._say(f"no clip {index} of step {step}: {error}")
+                continue
+            except torch.OutOfMemoryError:
+                self._components.vae.to("cpu")
+                torch.cuda.empty_cache()
+                self._say(
+                    f"no clip {index} of step {step}: the VAE needs more memory than is left on "
+                    f"{self._world.device}; without `samples` the job does not need it"
+                )
                 continue
             self._out.mkdir(parents=True, exist_ok=True)
             clip = self._out / f"step-{step:06d}-{index}.mp4"

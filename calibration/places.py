@@ -54,8 +54,13 @@ def job_folder(out: Path, job: Job, *, resume: bool, say: Say = unheard) -> Iter
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, "training", say):
         held, saved = (out / JOB).is_file(), _holds_checkpoint(out)  # others may have been faster
-        if not resume and (saved or any((out / name).exists() for name in (MODEL, REPORT))):
+        if not resume and (saved or _results(out)):
             raise _held_already(out)
+        if resume and not saved and (finished := _results(out)):
+            raise BadInput(
+                f"{out}: holds {' and '.join(finished)} and no checkpoint to go on from, as "
+                "--closed-form leaves it; choose another --out"
+            )
         if held and not saved:
             say(f"{out}: the job there has saved no checkpoint; this run begins at the first step")
         if not resume:
@@ -71,6 +76,11 @@ def write_job(out: Path, job: Job) -> None:
 
 def _held_already(out: Path) -> BadInput:
     return BadInput(f"{out}: holds a job already; --resume continues it, or choose another --out")
+
+
+def _results(out: Path) -> list[str]:
+    """What a job that ended has left."""
+    return [name for name in (MODEL, REPORT) if (out / name).exists()]
 
 
 def _holds_checkpoint(out: Path) -> bool:

@@ -82,14 +82,14 @@ def solve_sla(
         raise BadInput("--closed-form shares samples among processes, not the tokens of one clip")
     with world.led_by_main(lambda: job_folder(out, parts.job, resume=False, say=say)):
         started = time.monotonic()
-        objective = _objective(parts, world)
-        trainer = Trainer(parts.job, out, objective, parts.samples, world)
+        lean = _without_training(parts)
+        objective = _objective(lean, world)
+        trainer = Trainer(lean.job, out, objective, parts.samples, world)
         before = trainer.evaluate()
-        solutions = _solve(parts, objective.teacher, world, progress)
+        solutions = _solve(lean, objective.teacher, world, progress)
         student = objective.trained[STUDENT]
         for name, value in projection_values(solutions).items():
             set_parameter(student.get_parameter(name), value.to(world.device))
-        trainer.shipped.restart_average()
         report = {
             "job": "sla --closed-form",
             "model": str(out / MODEL),
@@ -100,11 +100,26 @@ def solve_sla(
                 name: {"error_before": each.error_before, "error_after": each.error_after}
                 for name, each in solutions.items()
             },
-            "broken_samples": len(parts.samples.broken),
+            "broken_samples": trainer.broken_samples(),
             "notes": [],
         }
         export(parts, shipped_weights(objective), out, report, world)
     return report
+
+
+def _without_training(parts: Parts[SLAJob]) -> Parts[SLAJob]:
+    """The same without what only training takes memory for: companions, an average, moments of all
+    weights but the projections', samples on the device."""
+    job = parts.job
+    settled_job = job.model_copy(
+        update={
+            "companions": (),
+            "data": job.data.model_copy(update={"resident": False}),
+            "sla": job.sla.model_copy(update={"trained": "proj_l"}),
+            "training": job.training.model_copy(update={"average": None}),
+        }
+    )
+    return replace(parts, job=settled_job, companions=())
 
 
 def _solve(

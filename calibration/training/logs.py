@@ -27,7 +27,7 @@ class Log:
     """Rows of named numbers, one for each logged step.
 
     A resumed training goes on in the same file: rows of later steps than the checkpoint's are
-    taken out first.
+    taken out first, and all of one that begins again.
 
     Args:
         folder: where log.csv and `tensorboard/` are; made if it is not there.
@@ -38,7 +38,8 @@ class Log:
         self._path = folder / CSV
         self._writer = _summary_writer(folder, first_step) if tensorboard else None
         folder.mkdir(parents=True, exist_ok=True)
-        self._rows = [row for row in _read(self._path) if int(row["step"]) <= first_step]
+        rows = _read(self._path) if first_step else []
+        self._rows = [row for row in rows if int(row["step"]) <= first_step]
         self._columns = list(dict.fromkeys(key for row in self._rows for key in row))
         self._rewrite()
 

@@ -92,11 +92,6 @@ class Trainee:
                 list(self.average.values()), list(self.parameters.values()), 1 - decay
             )
 
-    def restart_average(self) -> None:
-        """Take the weights as they are now for their average."""
-        for name in self.average or {}:
-            self.average[name].copy_(self.parameters[name].detach())  # type: ignore[index]
-
     def forget_gradient(self) -> None:
         """Free the gradients."""
         self.optimizer.zero_grad(set_to_none=True)

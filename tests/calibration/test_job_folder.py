@@ -82,6 +82,22 @@ def test_bad_data_before_the_first_checkpoint_can_be_mended_and_the_command_repe
     assert third.exit_code == 2 and "holds a job already" in third.stderr
 
 
+@pytest.mark.parametrize("left", ["model/x", "report.json"])
+def test_a_result_without_a_checkpoint_is_nothing_to_go_on_from(
+    tmp_path: Path, job: SLAJob, left: str
+) -> None:
+    """As --closed-form leaves it; a training that began again would replace it."""
+    out = tmp_path / "out"
+    with job_folder(out, job, resume=False):
+        pass
+    (out / left).parent.mkdir(exist_ok=True)
+    (out / left).write_text("made")
+    said = f"holds {left.partition('/')[0]} and no checkpoint to go on from, as --closed-form"
+    with pytest.raises(BadInput, match=said), job_folder(out, job, resume=True):
+        pass
+    assert (out / left).read_text() == "made"
+
+
 @pytest.mark.parametrize("left", ["checkpoints/step-000003/x", "model/x", "report.json"])
 def test_what_an_earlier_job_has_made_is_not_taken_over(
     tmp_path: Path, job: SLAJob, left: str

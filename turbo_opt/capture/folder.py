@@ -72,16 +72,18 @@ def open_pipeline(source: str, base: Path | None = None) -> PipelineFolder:
 def find_source(source: str, base: Path | None = None) -> Path:
     """The folder that `source` stands for.
 
+    Args:
+        base: where a relative path starts, such as the folder of the file that says it; the
+            current folder comes after it, and alone without it.
+
     Raises:
         BadInput: it is neither embedded, nor a folder, nor a hub id that can be had.
     """
     inside = embedded(source)
     if inside is not None and inside.is_dir():
         return inside
-    candidates = [Path(source).expanduser()]
-    if base is not None:
-        candidates.append(base / source)
-    for path in candidates:
+    given = Path(source).expanduser()
+    for path in [given] if base is None else [base / given, given]:
         if (path / "model_index.json").is_file():
             return path.resolve()
         if path.exists():

@@ -88,19 +88,32 @@ def test_the_student_says_that_it_is_one(distilled: Path) -> None:
     assert (student.distillation, student.sigma_max) == ("rcm", 80.0)
 
 
-def test_a_clip_that_is_not_finite_is_left_out_and_said(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TurboOptError("values that are not finite"), "values that are not finite"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "the VAE needs more memory than is left on cpu; without `samples` the job does not "
+            "need it",
+        ),
+    ],
+)
+def test_a_clip_that_cannot_be_drawn_is_left_out_and_said(
+    place: Path, tmp_path: Path, error: Exception, reason: str
+) -> None:
     clips = "samples={every: 2, prompts: [a red circle], num_inference_steps: 2, fps: 8}"
     job = job_of(place, clips, "training.steps=2", "rcm.reverse=null")
 
     said: list[str] = []
 
     def broken(*told: object) -> None:
-        raise TurboOptError("values that are not finite")
+        raise error
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("turbo_opt.calibration.components.decode", broken)
         train_rcm(job, tmp_path / "out", ALONE, progress=quiet, say=said.append)
-    assert said == ["no clip 0 of step 2: values that are not finite"]
+    assert said == [f"no clip 0 of step 2: {reason}"]
     assert (tmp_path / "out" / "model").is_dir()
     assert not (tmp_path / "out" / "samples").exists()
 

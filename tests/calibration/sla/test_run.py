@@ -194,8 +194,19 @@ def test_the_closed_form_needs_the_teacher_once_and_leaves_it_as_it_was(
         return network
 
     monkeypatch.setattr("turbo_opt.calibration.sla.run.build_network", build)
-    job = job_of(home, "closed_form.clips=1")
-    solve_sla(job, tmp_path / "out", ALONE, progress=quiet)
+    companion = f"companions=[{{source: {home / 'teacher'}}}]"
+    job = job_of(home, "closed_form.clips=1", companion, "training.average=0.9")
+    moments = []
+    adamw = torch.optim.AdamW
+
+    def noted(groups, **options):
+        moments.extend(item for group in groups for item in group["params"])
+        return adamw(groups, **options)
+
+    monkeypatch.setattr("torch.optim.AdamW", noted)
+    report = solve_sla(job, tmp_path / "out", ALONE, progress=quiet)
+    assert set(report["before"]) == {"held_out_loss", "held_out_relative_error"}
+    assert sum(map(torch.numel, moments)) == 2 * (128 * 128 + 128)  # the projections' alone
     assert [path.parent.name for path, _ in built] == ["teacher", "teacher"]
     processors = [
         {type(attention.processor).__name__ for _, attention in self_attentions(network)}

@@ -39,6 +39,13 @@ def test_rows_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_training_that_begins_again_has_no_rows_before(tmp_path: Path) -> None:
+    for loss in (0.5, 0.25):  # the first one was killed before its first checkpoint
+        log = Log(tmp_path, 0, tensorboard=False)
+        log.add(0, {"held_out_loss": loss})
+    assert rows(tmp_path) == [{"step": "0", "held_out_loss": "0.25"}]
+
+
 def events(folder: Path) -> list[tuple[int, float]]:
     """(step, loss) as TensorBoard shows them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
