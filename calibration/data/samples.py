@@ -99,6 +99,7 @@ class SampleSet:
         index: its index.json, or the like of it for shards without one.
         broken: why a sample cannot be used, by its number in the index.
         broken_share: the share of broken samples that is put up with.
+        option: what the user calls that share.
     """
 
     path: Path
@@ -106,9 +107,12 @@ class SampleSet:
     broken_share: float
     _source: _Source
     broken: dict[int, str] = field(default_factory=dict)
+    option: str = "data.broken_share"
 
     @classmethod
-    def open(cls, path: Path, broken_share: float = 0.0) -> SampleSet:
+    def open(
+        cls, path: Path, broken_share: float = 0.0, option: str = "data.broken_share"
+    ) -> SampleSet:
         """Read the index and look at every sample's size; contents are read when they are used.
 
         Raises:
@@ -116,7 +120,7 @@ class SampleSet:
                 missing.
         """
         index, source = _open(path)
-        samples = cls(path, index, broken_share, source)
+        samples = cls(path, index, broken_share, source, option=option)
         for number in range(len(samples)):
             try:
                 source.check(number)
@@ -178,7 +182,7 @@ class SampleSet:
         first = self.some_broken(sorted(self.broken))
         raise BadInput(
             f"{self.path}: at least {len(self.broken)} of {len(self)} samples are broken, "
-            f"data.broken_share allows {self.broken_share:.0%} ({first})"
+            f"{self.option} allows {self.broken_share:.0%} ({first})"
         )
 
     def skip_others(self, numbers: Iterable[int]) -> None:

@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is measured; see `Measuring`."""
+    """How much is measured; see `Measuring`, and `SampleSet` for `broken_share`."""
 
     clips: int
     held_out: int
@@ -37,6 +37,7 @@ class Amount:
     alpha: float
     probes: int
     seed: int
+    broken_share: float = 0.0
 
 
 def measure_recipe(
@@ -62,7 +63,7 @@ def measure_recipe(
     place = recipe.model_folder()
     source = str(place) if place is not None else recipe.model.source
     folders = [open_denoiser(source, name) for name in open_pipeline(source).denoisers]
-    samples = SampleSet.open(data)
+    samples = SampleSet.open(data, amount.broken_share, "--broken-share")
     if amount.clips + amount.held_out > len(samples):
         raise BadInput(
             f"{data}: holds {len(samples)} samples, --clips {amount.clips} and --held-out "

@@ -81,6 +81,13 @@ _SHARE = click.FloatRange(0, 1, min_open=True)
     help="Backward passes for each clip and noise level that measure what linear layers do to the "
     "prediction; 0: no effects on it are measured, those of attention neither.",
 )
+@click.option(
+    "--broken-share",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of the samples that may be missing or broken; they are skipped.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise.")
 @device_option
 @common_options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,6 +227,20 @@ def test_a_pair_of_experts_is_measured_into_one_file_in_bfloat16(
     assert high.noise_levels[0] > 0.7 > low.noise_levels[0]
     first = "blocks.0.attn1.to_q"
     assert high.linear[first].sqnr != low.linear[first].sqnr
+
+
+def test_broken_samples_are_skipped_up_to_the_share_that_is_given(
+    home: Path, command, tmp_path: Path
+) -> None:
+    samples, out = tmp_path / "samples", tmp_path / "scales.json"
+    shutil.copytree(home / "samples", samples)
+    (samples / "000003.safetensors").unlink()
+    amount = ("--clips", 1, "--held-out", 1, "--topk", 0.5, "--probes", 0)
+    words = (*command, "--data", samples, "--out", out, *amount)
+    refused = invoke(*words)
+    assert refused.exit_code == 2 and "--broken-share allows 0% (000003" in refused.stderr
+    assert not out.exists()
+    assert invoke(*words, "--broken-share", 0.2).exit_code == 0
 
 
 def test_without_probes_no_effect_is_measured(command, tmp_path: Path) -> None:
