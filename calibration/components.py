@@ -117,11 +117,11 @@ class Preview:
     def __call__(self, step: int, network: nn.Module) -> Mapping[str, float]:
         """Draw all clips; all processes call, as a sharded network needs them. Returns `detected`,
         the share of right attributes, where the prompts are captions of tiny-wan."""
-        scores = []
+        scores: list[bool] = []
         denoisers = {
             self._folder.name: Sampled(network, self._folder.config, self._compute),
         }
-        for index, prompt in enumerate(self._settings.prompts):
+        for index in range(len(self._settings.prompts)):
             generator = generator_of(self._settings.seed, index)
             noise = initial_latents(
                 self._schedule, (1, *self._latents), generator, self._world.device
@@ -134,27 +134,38 @@ class Preview:
                 latents=noise,
                 generator=generator,
             )
-            if not self._world.is_main:
-                continue
-            try:  # the training is judged by its loss
-                self._components.vae.to(self._world.device)
-                frames = decode(self._components, latents)
-            except TurboOptError as error:
-                self._say(f"no clip {index} of step {step}: {error}")
-                continue
-            except torch.OutOfMemoryError:
-                self._components.vae.to("cpu")
-                torch.cuda.empty_cache()
-                self._say(
-                    f"no clip {index} of step {step}: the VAE needs more memory than is left on "
-                    f"{self._world.device}; without `samples` the job does not need it"
-                )
-                continue
-            self._out.mkdir(parents=True, exist_ok=True)
-            clip = self._out / f"step-{step:06d}-{index}.mp4"
-            write_video(frames, clip, self._settings.fps)
-            scores += _detected(frames, prompt)
-        return {"detected": float(np.mean(scores))} if scores else {}
+            if self._world.is_main:
+                scores += self._written(latents, step, index)
+        # In every process: a log that had a row in one of them alone would wait for the others.
+        shares = torch.tensor([sum(scores), len(scores)], dtype=torch.float32)
+        right, judged = self._world.sum(shares.to(self._world.device)).tolist()
+        return {"detected": right / judged} if judged else {}
+
+    def _written(self, latents: Tensor, step: int, index: int) -> list[bool]:
+        """Write a clip, unless it cannot be drawn; returns which attributes of its caption are
+        right."""
+        vae, refusal = self._components.vae, None
+        try:  # the training is judged by its loss
+            vae.to(self._world.device)
+            frames = decode(self._components, latents)
+        except TurboOptError as error:
+            refusal = str(error)
+        except torch.OutOfMemoryError:
+            refusal = (
+                f"the VAE needs more memory than is left on {self._world.device}; without "
+                "`samples` the job does not need it"
+            )
+        if refusal is not None:
+            # Here, as the error holds on to what was computed; the VAE itself to earlier frames.
+            vae.clear_cache()
+            vae.to("cpu")
+            torch.cuda.empty_cache()
+            self._say(f"no clip {index} of step {step}: {refusal}")
+            return []
+        self._out.mkdir(parents=True, exist_ok=True)
+        clip = self._out / f"step-{step:06d}-{index}.mp4"
+        write_video(frames, clip, self._settings.fps)
+        return _detected(frames, self._settings.prompts[index])
 
 
 def _detected(frames: np.ndarray, prompt: str) -> list[bool]:

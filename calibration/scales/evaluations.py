@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from turbo_opt.calibration.blockwise import blockwise_network
-from turbo_opt.calibration.data.batches import Batch, Batches, split
+from turbo_opt.calibration.data.batches import Batch, Batches
 from turbo_opt.calibration.data.samples import SampleSet
 from turbo_opt.calibration.flow import Denoiser, NoiseLevels, autocast, noisy
 from turbo_opt.calibration.networks import DenoiserFolder
@@ -101,6 +101,7 @@ class Evaluations:
     """The network, and how it is evaluated.
 
     Args:
+        samples: as many that are not broken as are measured on, or more.
         whole: see `blockwise_network`.
 
     Attributes:
@@ -122,8 +123,9 @@ class Evaluations:
     ) -> None:
         self.measuring, self.device = measuring, device
         self._name, self._samples, self._progress = folder.name, samples, progress
-        first, self._held_out = split(samples, measuring.held_out)
-        self._clips = first[: measuring.clips]
+        intact = samples.intact  # one that is missing would be replaced by another of them
+        self._clips = intact[: measuring.clips]
+        self._held_out = intact[-measuring.held_out :]
         even = (torch.arange(measuring.noise_levels) + 0.5) / measuring.noise_levels
         self.times = levels.at(even).float()
         self.network, self.checkpoint = blockwise_network(folder, device, whole)

@@ -50,10 +50,11 @@ def measure_denoiser(
     """What the file says of one network.
 
     Args:
+        samples: as many that are not broken as are measured on, or more.
         whole: see `blockwise_network`.
 
     Raises:
-        BadInput: too few samples, or a weight is missing.
+        BadInput: no clip can be read, or a weight is missing.
         TurboOptError: a prediction is not finite.
     """
     evaluations = Evaluations(folder, samples, levels, measuring, device, progress, whole)

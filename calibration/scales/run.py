@@ -64,9 +64,9 @@ def measure_recipe(
     source = str(place) if place is not None else recipe.model.source
     folders = [open_denoiser(source, name) for name in open_pipeline(source).denoisers]
     samples = SampleSet.open(data, amount.broken_share, "--broken-share")
-    if amount.clips + amount.held_out > len(samples):
+    if amount.clips + amount.held_out > len(samples.intact):
         raise BadInput(
-            f"{data}: holds {len(samples)} samples, --clips {amount.clips} and --held-out "
+            f"{data}: holds {len(samples.intact)} samples, --clips {amount.clips} and --held-out "
             f"{amount.held_out} take {amount.clips + amount.held_out}"
         )
     for folder in folders:

@@ -40,7 +40,7 @@ def open_pipeline(source: str, base: Path | None = None) -> PipelineFolder:
     Args:
         source: `tiny-wan`, a diffusers folder, or a hub id such as
             `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`.
-        base: folder that a relative path is tried against after the current one.
+        base: where a relative path starts, see `find_source`.
 
     Raises:
         BadInput: nothing is there, or it is no Wan pipeline of diffusers.

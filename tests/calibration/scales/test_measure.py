@@ -243,6 +243,14 @@ def test_broken_samples_are_skipped_up_to_the_share_that_is_given(
     assert invoke(*words, "--broken-share", 0.2).exit_code == 0
 
 
+def test_other_samples_take_the_place_of_broken_ones(folder, samples: SampleSet) -> None:
+    known = replace(samples, broken={0: "missing", 2: "missing", 7: "missing"})
+    evaluations = Evaluations(folder, known, LEVELS, MEASURING, CPU, lambda *told: None, True)
+    steps = [*evaluations.on_clips("statistics"), *evaluations.on_held_out("errors")]
+    names = [step._batch.names[0] for step in steps]
+    assert names[:: MEASURING.noise_levels] == [f"{n:06d}.safetensors" for n in (1, 3, 5, 6)]
+
+
 def test_without_probes_no_effect_is_measured(command, tmp_path: Path) -> None:
     out = tmp_path / "scales.json"
     amount = ("--clips", 1, "--held-out", 1, "--topk", 0.5, "--probes", 0)
