@@ -2,7 +2,8 @@
 
     python -m benchmarks.student_curves --logs work/students/logs.tar --out students.png
 
-The table, every point of the figure, is benchmarks/results/student_curves.csv.
+The table, every point of the figure with the commit that trained it, is
+benchmarks/results/student_curves.csv.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.results import RESULTS
+from benchmarks.results import RESULTS, current_commit
 from turbo_opt.kernels.whole_file import write_whole
 
 
@@ -61,11 +62,12 @@ def curve(logs: tarfile.TarFile, job: str, column: str) -> tuple[list[int], list
     return [int(row["step"]) for row in rows], [float(row[column]) for row in rows]
 
 
-def draw(logs: Path, companion_logs: Path, out: Path, table: Path) -> None:
+def draw(logs: Path, companion_logs: Path, out: Path, table: Path, commit: str) -> None:
     """The figure, and its points as CSV.
 
     Args:
         companion_logs: of the tuning with a companion; may be the same file.
+        commit: that trained them.
     """
     import matplotlib
 
@@ -75,7 +77,7 @@ def draw(logs: Path, companion_logs: Path, out: Path, table: Path) -> None:
     figure, axes = pyplot.subplots(1, len(_PANELS), figsize=(14, 3.6), layout="constrained")
     points = io.StringIO()
     writer = csv.writer(points, lineterminator="\n")
-    writer.writerow(["figure", "line", "step", "value"])
+    writer.writerow(["figure", "line", "step", "value", "commit"])
     with tarfile.open(logs) as archive, tarfile.open(companion_logs) as with_companion:
         for number, ((title, what), lines) in enumerate(_PANELS.items()):
             axis = axes[number]
@@ -83,7 +85,9 @@ def draw(logs: Path, companion_logs: Path, out: Path, table: Path) -> None:
                 source = with_companion if number == _COMPANION else archive
                 steps, values = curve(source, line.job, line.column)
                 axis.plot(steps, values, marker=".", label=line.label)
-                writer.writerows([title, line.label, *point] for point in zip(steps, values))
+                writer.writerows(
+                    [title, line.label, *point, commit] for point in zip(steps, values, strict=True)
+                )
             axis.set(title=title, xlabel="step", ylabel=what, yscale="log")
             axis.grid(alpha=0.3)
             axis.legend()
@@ -99,8 +103,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--companion-logs", type=Path, help="default: --logs")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", type=Path, default=RESULTS / "student_curves.csv")
+    parser.add_argument("--commit", help="that trained them; default: the checkout's")
     options = parser.parse_args(arguments)
-    draw(options.logs, options.companion_logs or options.logs, options.out, options.table)
+    companion_logs, commit = options.companion_logs, options.commit
+    draw(
+        options.logs,
+        companion_logs or options.logs,
+        options.out,
+        options.table,
+        current_commit() if commit is None else commit,
+    )
     return 0
 
 

@@ -136,12 +136,12 @@ def test_a_curve_is_what_the_log_says_where_it_says_something(tmp_path: Path) ->
             curve(archive, "none", "loss")
     pytest.importorskip("matplotlib")
     logs = tmp_path / "logs.tar"
-    draw(logs, logs, tmp_path / "curves.png", tmp_path / "curves.csv")
+    draw(logs, logs, tmp_path / "curves.png", tmp_path / "curves.csv", "abc1234")
     lines = (tmp_path / "curves.csv").read_text().splitlines()
     assert lines[:3] == [
-        "figure,line,step,value",
-        "tuning for sparse attention,from proj_l = 0,0,0.5",
-        "tuning for sparse attention,from proj_l = 0,20,0.25",
+        "figure,line,step,value,commit",
+        "tuning for sparse attention,from proj_l = 0,0,0.5,abc1234",
+        "tuning for sparse attention,from proj_l = 0,20,0.25,abc1234",
     ]
-    assert 'tuning with the student as companion,"merged, to the student",20,0.3' in lines
+    assert 'tuning with the student as companion,"merged, to the student",20,0.3,abc1234' in lines
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
