@@ -279,24 +279,23 @@ def speed_record(
 
 
 def resume_record(
-    work: Path, model: str, most: int, fewest: int, session: Session, *, tiny: bool
+    work: Path, case: Case | None, most: int, fewest: int, session: Session, *, tiny: bool
 ) -> Record:
     """Train on `most` processes, and the second half again on `fewest`, from the checkpoint.
 
     Args:
-        model: `tiny-wan`, in float32, or one of `benchmarks.forward.CASES` whose teacher and clips
-            are in `work`, in bfloat16.
+        case: of the model whose teacher and clips are in `work`, in bfloat16; None: tiny-wan, in
+            float32.
     """
-    folder = work / f"resume-{model}"
+    name = EMBEDDED_MODEL if case is None else case.name
+    folder = work / f"resume-{name}"
     folder.mkdir(parents=True, exist_ok=True)
     said = job("sla", Setup(1), work)
-    name = model
-    if model == EMBEDDED_MODEL:
-        write_samples(folder / "clips", Case(model, {"text_dim": 128}, (5, 24, 24), 1))
-        said["teacher"], said["data"]["folder"] = {"source": model}, str(folder / "clips")
+    if case is None:
+        write_samples(folder / "clips", Case(name, {"text_dim": 128}, (5, 24, 24), 1))
+        said["teacher"], said["data"]["folder"] = {"source": name}, str(folder / "clips")
         said["training"] |= {"batch": 8, "rate": 1e-4, "compute_dtype": "float32"}
     else:
-        name = CASES[model].name
         said["training"] |= {"batch": most, "micro_batch": 1, "rate": 1e-5}
     # Rates follow from the share of all steps, so the second half is done again, not a first one
     # alone.
@@ -311,7 +310,8 @@ def resume_record(
     def losses(gpus: int, *flags: str) -> list[float]:
         if start("sla", gpus, path, out, *more, *flags).wait(_LONGEST):
             text = (folder / "out.txt").read_text(encoding="utf-8", errors="replace")
-            raise SystemExit(f"{' '.join(flags)} on {gpus} processes failed:\n{text[-3000:]}")
+            words = " ".join(["calibrate sla", *flags])
+            raise SystemExit(f"{words} on {gpus} processes failed:\n{text[-3000:]}")
         return [float(row["loss"]) for row in read_log(out / "log.csv")]
 
     whole = losses(most)
@@ -376,8 +376,8 @@ def main() -> None:
         write_samples(options.work / "clips", case)
     if options.resume:
         most, fewest = max(options.gpus), min(options.gpus)
-        model = options.resume
-        keep(resume_record(options.work, model, most, fewest, session, tiny=options.tiny))
+        resumed = None if options.resume == EMBEDDED_MODEL else case
+        keep(resume_record(options.work, resumed, most, fewest, session, tiny=options.tiny))
         return
     rate = session.bf16_matmul  # before any job, whose processes may outlive it for a while
     for name in options.jobs:

@@ -100,8 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--budget", type=float, help="seconds of this call, after which the same command goes on")
     add("--tiny", action="store_true", help="a tiny model on a CPU: that it runs")
     options = parser.parse_args(arguments)
-    if options.gpus < 2 or options.steps < 2:
-        parser.error("the section is of several GPUs, and a training of several steps")
+    if options.gpus < 2 or options.steps < 3:
+        parser.error("--gpus: the section is of 2 or more; --steps: at least 3, two are not timed")
     work, case = options.work.absolute(), CASES["tiny" if options.tiny else "1.3b"]
     teacher = work / "teacher"
     if not teacher.is_dir():

@@ -85,4 +85,5 @@ def _read(path: Path) -> list[dict[str, str]]:
 def _summary_writer(folder: Path, first_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+    first_event = first_step + 1 if first_step else 0
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_event)

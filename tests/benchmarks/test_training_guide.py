@@ -10,13 +10,25 @@ import pytest
 from benchmarks.results import Record, write
 from benchmarks.tables import cells
 from benchmarks.tables.training import guide
-from benchmarks.training_guide import document
-from benchmarks.training_guide.document import TITLE, Command, commands, write_files
-from benchmarks.training_guide.parts import AROUND_TRAINING, PARTS, Parts, least_seconds
+from benchmarks.training_guide import document, larger
+from benchmarks.training_guide.document import LARGER, TITLE, Command, commands, write_files
+from benchmarks.training_guide.parts import (
+    AROUND_TRAINING,
+    PARTS,
+    Parts,
+    launcher,
+    least_seconds,
+)
+from turbo_opt.calibration.jobs.load import load_job
+from turbo_opt.calibration.jobs.schema import SLAJob
+from turbo_opt.calibration.rcm.schema import RCMJob
+from turbo_opt.cli.selection import select_recipe
 
 DATA = Command(1, ("calibrate", "data", "--out", "clips"))
 TRAINING = Command(1, ("calibrate", "rcm", "rcm.yaml", "--out", "student"))
 LAST = Command(1, ("generate", "fast", "--prompt", "x", "--out", "clip.mp4"))
+MEANS = [(1, 50.0, 1.5), (2, 30.0, 2.5), (3, 21.0, 2.5), (4, 16.5, 2.0)]
+"""Rows of a log: steps that take 50, 10, 3 and 3 seconds."""
 PROGRAM = """
 import pathlib, sys, time
 words = sys.argv[1:]
@@ -103,6 +115,48 @@ def test_a_guide_without_the_section_or_with_a_nameless_file_is_an_error(
     document.GUIDE.write_text("# A\n\n## B\n\n```yaml\nx: 1\n```\n\n## C\n")
     with pytest.raises(ValueError, match="does not begin with its file's name"):
         write_files("B", tmp_path)
+
+
+def test_the_larger_models_commands_are_cut_to_the_gpus_that_are_there(tmp_path: Path) -> None:
+    write_files(TITLE, tmp_path)
+    teacher = tmp_path / "teacher"
+    said = [larger.cut(command, 2, 6, teacher, tiny=False) for command in commands(LARGER)]
+    assert [command.name for command in said] == ["data", "rcm", "sla", "run", "generate"]
+    assert [command.processes for command in said] == [2, 2, 2, 1, 1]
+    _, distilled, tuned, run, _ = (command.parsed() for command in said)
+    rcm = load_job(tmp_path / distilled["job"], RCMJob, distilled["overrides"])
+    assert (rcm.training.steps, rcm.training.batch, rcm.rcm.warm_up) == (6, 2, 3)
+    sla = load_job(tmp_path / tuned["job"], SLAJob, tuned["overrides"])
+    assert (sla.training.steps, sla.sla.topk, sla.training.compile) == (6, 0.1, True)
+    assert sla.teacher.source == rcm.teacher.source == str(teacher)
+    recipe = select_recipe(run["recipe"], overrides=run["overrides"])
+    assert recipe.model.source == recipe.weights["base"] == str(teacher)
+
+
+def test_several_processes_are_torchruns() -> None:
+    assert launcher(1) == [sys.executable, "-m", "turbo_opt"]
+    several = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    assert launcher(3) == [*several, "--nproc-per-node=3", "-m", "turbo_opt"]
+
+
+def test_what_a_record_keeps_of_a_training(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"steps": 4, "before": {}, "after": {"x": 1.0}}')
+    rows = "".join(f"{step},{mean},{peak}\n" for step, mean, peak in MEANS)
+    (tmp_path / "log.csv").write_text("step,seconds_per_step,peak_gib\n" + rows)
+    (tmp_path / "checkpoints" / "step-000004").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000004" / "__0_0.distcp").write_bytes(bytes(2_000_000))
+    found = larger.told(tmp_path)
+    assert (found["steps"], found["after"], found["peak_gib"]) == (4, {"x": 1.0}, 2.5)
+    assert found["median_seconds_per_step"] == pytest.approx(3.0)  # of the last two
+    assert found["checkpoints_gb"] == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize("words", [("--gpus", "1"), ("--gpus", "2", "--steps", "2")])
+def test_too_few_gpus_or_steps_are_refused(tmp_path: Path, capsys, words) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        larger.main([*words, "--work", str(tmp_path / "work")])
+    assert "--steps: at least 3" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
 
 
 def test_the_table_has_what_was_measured(tmp_path, monkeypatch) -> None:

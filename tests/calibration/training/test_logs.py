@@ -67,6 +67,14 @@ def test_tensorboard_shows_each_step_once_too(tmp_path: Path) -> None:
     assert events(tmp_path) == [(1, 0.5), (2, 0.25)]
 
 
+def test_tensorboard_forgets_a_training_that_begins_again(tmp_path: Path) -> None:
+    for loss in (0.5, 0.25):
+        log = Log(tmp_path, 0, tensorboard=True)
+        log.add(0, {"loss": loss})
+        log.close()
+    assert events(tmp_path) == [(0, 0.25)]
+
+
 def test_a_missing_tensorboard_says_how_to_install_it(monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_tensorboard(False)
