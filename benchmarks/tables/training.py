@@ -10,7 +10,7 @@ _STUDENTS = {
     "teacher": "teacher",
     "rcm": "rCM student",
     "merged": "rCM student + (SLA tuning − teacher)",
-    "rcm-sla": "rCM student, tuned with sparse attention",
+    "rcm-sla": "SLA tuning, then rCM's forward term",
 }
 """Weights of tiny-wan that the table has, in its order."""
 _GUIDE = (
