@@ -8,7 +8,6 @@ overwritten by what the compiler puts into the same memory.
 from __future__ import annotations
 
 import contextlib
-import functools
 import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -16,32 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 
-import turbo_opt.kernels  # noqa: F401  (registers turbo_opt::*)
 from turbo_opt.calibration.training.compiling import compiled
+from turbo_opt.calibration.training.kept_attention import compiled_contexts, eager_contexts
 from turbo_opt.errors import TurboOptError
-
-_ATEN = torch.ops.aten
-_KEPT = {
-    torch.ops.turbo_opt.block_routing.default,  # or rounding might choose other blocks backward
-    torch.ops.turbo_opt.block_sparse_attention.default,
-    torch.ops.turbo_opt.sage_sparse_attention.default,
-    *(
-        getattr(_ATEN, name).default
-        for name in (
-            "_scaled_dot_product_flash_attention",
-            "_scaled_dot_product_efficient_attention",
-            "_scaled_dot_product_cudnn_attention",
-            "_scaled_dot_product_flash_attention_for_cpu",
-        )
-    ),
-}
-"""Attention, and its choice of blocks: most of a block's operations, little of its memory."""
 
 
 def set_up_blocks(network: nn.Module, activations: str = "keep", compile: bool = False) -> None:
@@ -94,13 +72,8 @@ def _recompute(block: Any, *inputs: Any) -> Any:
 def _keep_attention(block: Any, *inputs: Any) -> Any:
     if not torch.is_grad_enabled():
         return block.forward_as_written(*inputs)
-    kept = functools.partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(block.forward_as_written, *inputs, use_reentrant=False, context_fn=kept)
+    contexts = compiled_contexts if torch.compiler.is_compiling() else eager_contexts
+    return checkpoint(block.forward_as_written, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 _AGAIN = {"selective": _keep_attention, "recompute": _recompute}
-
-
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operator in _KEPT
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

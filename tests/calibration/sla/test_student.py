@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from turbo_opt.calibration.flow import Denoiser
 from turbo_opt.calibration.networks import (
@@ -95,6 +96,37 @@ def test_selective_recomputation_attends_once(folder, monkeypatch) -> None:
         Denoiser(network, folder)(*inputs()).mean().backward()
         counts[what] = sum(recorded_choices()["block_sparse_attention"].values())
     assert counts == {"selective": 2, "recompute": 4}
+
+
+@pytest.mark.parametrize(
+    ("activations", "times"), [("keep", 1), ("selective", 1), ("recompute", 2)]
+)
+def test_attention_of_a_dense_network_and_to_the_prompt_runs_once(
+    folder, activations, times
+) -> None:
+    """Two of each layer, of two layers."""
+    network = build_network(folder, ALONE, lambda network: set_up_blocks(network, activations))
+    attention, runs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is attention:
+                runs.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        Denoiser(network, folder)(*inputs()).mean().backward()
+    assert len(runs) == 4 * times
+
+
+def test_kept_attention_serves_a_second_backward(folder) -> None:
+    network = student_of(folder, 0.5, activations="selective")
+    loss = Denoiser(network, folder)(*inputs()).square().mean()
+    loss.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    loss.backward()
+    for name, gradient in once.items():
+        torch.testing.assert_close(network.get_parameter(name).grad, 2 * gradient)
 
 
 def test_other_architectures_are_told_apart(folder, home: Path) -> None:
