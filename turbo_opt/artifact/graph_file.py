@@ -7,12 +7,14 @@ rebuilt from the checked members alone (`graph_reader`).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import re
 import struct
+import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from turbo_opt.ir.edit import copy_exported
 _log = logging.getLogger(__name__)
 _DROPPED_META = ("stack_trace", "from_node", "torch_fn", "source_fn_stack", "custom")
 _MAX_BYTES = 2**30
+_SAVING = threading.Lock()
 _ZIP_ERRORS = (
     zipfile.BadZipFile, OSError, RuntimeError, ValueError, EOFError, IndexError, OverflowError,
     struct.error,
@@ -47,10 +50,27 @@ def graph_bytes(exported: ExportedProgram) -> bytes:
         for key in _DROPPED_META:
             node.meta.pop(key, None)
     buffer = io.BytesIO()
-    with collector_paused():
+    with _SAVING, collector_paused(), _one_form():
         torch.export.save(exported, buffer)
     check_members(Path("graph"), _members(Path("graph"), buffer))
     return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _one_form() -> Iterator[None]:
+    """Leaves out half of what saving takes: torch also brings a copy of the graph into canonical
+    form, to see that it has one, and writes the graph that it was given."""
+    from torch._export.serde import serialize
+
+    canonicalize = getattr(serialize, "canonicalize", None)
+    if canonicalize is None:
+        yield
+        return
+    serialize.canonicalize = lambda graph, *_, **__: graph
+    try:
+        yield
+    finally:
+        serialize.canonicalize = canonicalize
 
 
 def read_graph(path: Path) -> ExportedProgram:

@@ -68,6 +68,8 @@ class _Names:
         self._stable = stable
         self._numbers = {node: index for index, node in enumerate(exported.graph.nodes)}
         self._symbols: dict[str, str] = {}
+        self._sizes: dict[Any, str] = {}
+        """Of expressions as they are written: a graph has some ten, thousands of times."""
 
     def node(self, node: Node) -> str:
         return str(self._numbers[node]) if self._stable else node.name
@@ -107,6 +109,11 @@ class _Names:
         if isinstance(side, int) or not self._stable:
             return str(side)
         expression = side.node.expr
+        if expression not in self._sizes:
+            self._sizes[expression] = self._renamed(expression)
+        return self._sizes[expression]
+
+    def _renamed(self, expression: Any) -> str:
         renamed = {}
         for symbol in sorted(expression.free_symbols, key=str):
             self._symbols.setdefault(str(symbol), f"d{len(self._symbols)}")
