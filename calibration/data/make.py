@@ -1,8 +1,8 @@
-"""Make a set of samples: a teacher draws clips of captions, and their latents are kept.
+"""Make a set of samples: clips that a teacher draws of captions, or videos with theirs.
 
-Clips are kept as they come out of the sampling loop, before the VAE, which is what a student is
-trained on. Each file is written whole; an interrupted run is continued by the same command. In
-shards or not, a sample is first a file of its own.
+Drawn clips are kept as they come out of the sampling loop, before the VAE, which is what a student
+is trained on; videos as the VAE encodes them. Each file is written whole; an interrupted run is
+continued by the same command. In shards or not, a sample is first a file of its own.
 """
 
 from __future__ import annotations
@@ -11,69 +11,42 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from turbo_opt.artifact.staging import write_synced
 from turbo_opt.calibration.components import encode_prompts, load_components
-from turbo_opt.calibration.data.batches import generator_of
+from turbo_opt.calibration.data.drawing import Drawing, Teacher
 from turbo_opt.calibration.data.packing import SampleFiles
 from turbo_opt.calibration.data.samples import (
     EMPTY_PROMPT,
     INDEX,
     MAKING,
     SampleIndex,
-    padded_positions,
     used_positions,
     write_index,
     write_sample,
 )
-from turbo_opt.calibration.flow import Sampled
-from turbo_opt.calibration.networks import DenoiserFolder, build_network, open_denoiser
+from turbo_opt.calibration.data.settings import Making
+from turbo_opt.calibration.data.videos import Broken, Encoder, Encoding
+from turbo_opt.calibration.networks import DenoiserFolder, open_denoiser
 from turbo_opt.calibration.places import LOCK, locked
 from turbo_opt.calibration.training.world import World
-from turbo_opt.capture.sampling import pipeline_schedule
 from turbo_opt.errors import BadInput
 from turbo_opt.runtime.limits import Granularity
-from turbo_opt.runtime.sampler import initial_latents, sample
 
 _ENCODED = 1024
 """Captions whose embeddings are in memory at once: some 2 GB of Wan's."""
+_Clips = Callable[[Sequence[int], Sequence[Tensor]], Sequence[Tensor | Broken]]
+"""(numbers, embeddings of their captions) → latents (C, F, H, W), or why there are none."""
 
 
-@dataclass(frozen=True)
-class Making:
-    """How a set is made.
-
-    Attributes:
-        source: the teacher: `tiny-wan`, a diffusers folder or a hub id.
-        height, width: in pixels.
-        num_frames: 4·n + 1.
-        num_inference_steps, guidance_scale, flow_shift, negative_prompt: of the teacher's sampler.
-        text_length: positions that prompts are padded to.
-        seed: of the first noise.
-        compute_dtype: of products.
-    """
-
-    source: str
-    height: int
-    width: int
-    num_frames: int
-    num_inference_steps: int = 50
-    guidance_scale: float = 5.0
-    flow_shift: float | None = None
-    negative_prompt: str = ""
-    text_length: int = 512
-    seed: int = 0
-    compute_dtype: str = "bfloat16"
-
-
-def make_samples(
-    making: Making,
+def draw_samples(
+    drawing: Drawing,
     captions: Sequence[str],
     out: Path,
     world: World,
@@ -92,34 +65,103 @@ def make_samples(
         BadInput: the teacher needs more than text, the size does not fit it, `out` holds something
             else, or other processes are at it.
     """
-    folder = open_denoiser(making.source, "transformer")
-    shape = _latent_shape(folder, making)
-    said = _checked(out, making, captions, shard_size)
+    folder = open_denoiser(drawing.source, "transformer")
+    shape = _latent_shape(folder, drawing)
+
+    def teacher(negative: Tensor) -> _Clips:
+        return Teacher(folder, drawing, shape, negative, world.device)
+
+    return _make(
+        folder, drawing, captions, out, world, teacher,
+        shape=shape, negative=drawing.negative_prompt, batch=batch, shard_size=shard_size,
+        progress=progress,
+    )  # fmt: skip
+
+
+def encode_samples(
+    encoding: Encoding,
+    videos: Sequence[tuple[Path, str]],
+    out: Path,
+    world: World,
+    *,
+    broken_share: float = 0.0,
+    shard_size: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SampleIndex:
+    """Encode videos with their captions into `out`. All processes call; they share the videos.
+
+    Args:
+        videos: (path, caption), as `captioned_videos` has them.
+        broken_share: of the videos that may be too short or damaged; the set is without them.
+        shard_size: samples of a tar shard; None for a file each.
+
+    Raises:
+        BadInput: more of the videos are broken; or as `draw_samples` does.
+    """
+    folder = open_denoiser(encoding.source, "transformer")
+    paths = [path for path, _ in videos]
+
+    def encoder(negative: Tensor) -> _Clips:
+        return Encoder(folder, encoding, paths, world.device)
+
+    return _make(
+        folder, encoding, [caption for _, caption in videos], out, world, encoder,
+        shape=_latent_shape(folder, encoding), shard_size=shard_size, progress=progress,
+        broken_share=broken_share, said={"videos": [str(path.absolute()) for path in paths]},
+    )  # fmt: skip
+
+
+def _make(
+    folder: DenoiserFolder,
+    making: Making,
+    captions: Sequence[str],
+    out: Path,
+    world: World,
+    start: Callable[[Tensor], _Clips],
+    *,
+    shape: tuple[int, int, int, int],
+    negative: str = "",
+    batch: int = 1,
+    shard_size: int | None = None,
+    broken_share: float = 0.0,
+    said: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None],
+) -> SampleIndex:
+    """Make samples of captions by what `start` gives, called with the negative prompt's embeddings
+    when the text encoder has left the device."""
+    said = _checked(out, making, {"captions": list(captions), **(said or {})}, shard_size)
     world.wait()  # for all to have looked before one writes
     with world.led_by_main(lambda: _held(out, said)):
         files = SampleFiles(out, captions, making.text_length, shard_size)
+        if world.is_main:
+            files.try_broken_again()
+        world.wait()  # for broken ones to be missing again
         missing = [number for number in range(len(captions)) if not files.holds(number)]
         world.wait()  # for all to have looked before the first writes
         own = missing[world.rank :: world.size]
-        draw = None
+        clips = None
         at_once = batch * max(1, _ENCODED // batch)
         for first in range(0, max(1, len(own)), at_once):
             some = own[first : first + at_once]
-            texts = ["", making.negative_prompt, *(captions[number] for number in some)]
-            empty, negative, *embeds = _encoded(folder, texts, making.text_length, world.device)
+            texts = ["", negative, *(captions[number] for number in some)]
+            empty, unwanted, *embeds = _encoded(folder, texts, making.text_length, world.device)
             if world.is_main and not first:
                 write_sample(out / EMPTY_PROMPT, None, empty)
-            if some and draw is None:
-                draw = _Drawing(folder, making, shape, negative, world)
-            for start in range(0, len(some), batch):
-                assert draw is not None
-                numbers, prompts = some[start : start + batch], embeds[start : start + batch]
-                latents = draw(numbers, prompts)
+            if some and clips is None:
+                clips = start(unwanted)
+            for place in range(0, len(some), batch):
+                assert clips is not None
+                numbers, prompts = some[place : place + batch], embeds[place : place + batch]
+                latents = clips(numbers, prompts)
                 for number, clip, text in zip(numbers, latents, prompts, strict=True):
-                    write_sample(files.own(number), clip, text)
+                    if isinstance(clip, Broken):
+                        files.leave_out(number, clip.reason)
+                        _check_share(files, broken_share)
+                    else:
+                        write_sample(files.own(number), clip, text)
                 if world.is_main:
                     files.pack()
-                progress(first + start + len(numbers), len(own))
+                progress(first + place + len(numbers), len(own))
         world.wait()
         if world.is_main:
             files.pack()
@@ -131,10 +173,21 @@ def make_samples(
             source=asdict(making),
             samples=files.records(),
         )
+        world.wait()  # for all to have seen what is broken
         if world.is_main:
             write_index(out, index)
+            files.forget_broken()
         world.wait()
         return index
+
+
+def _check_share(files: SampleFiles, broken_share: float) -> None:
+    broken, total = files.broken(), len(files.captions)
+    if len(broken) > broken_share * total or len(broken) == total:
+        raise BadInput(
+            f"{next(iter(broken.values()))} ({len(broken)} of {total} videos are broken; mend or "
+            "remove them, or allow for a larger --broken-share)"
+        )
 
 
 def _encoded(
@@ -151,66 +204,6 @@ def tiny_wan_captions(count: int, seed: int) -> list[str]:
     from turbo_opt.calibration.tiny_wan.clips import caption, sample_scenes
 
     return [caption(scene) for scene in sample_scenes(count, seed, split="train")]
-
-
-class _Drawing:
-    """The teacher and its sampling loop."""
-
-    def __init__(
-        self,
-        folder: DenoiserFolder,
-        making: Making,
-        shape: tuple[int, int, int, int],
-        negative: Tensor,
-        world: World,
-    ) -> None:
-        self._making, self._shape, self._device = making, shape, world.device
-        self._negative = self._padded(negative)
-        self._schedule = pipeline_schedule(
-            folder.pipeline.path,
-            folder.pipeline.components,
-            num_inference_steps=making.num_inference_steps,
-            guidance_scale=making.guidance_scale,
-            flow_shift=making.flow_shift,
-        )
-        # Each process draws clips of its own, so the networks are whole.
-        alone = World(0, 1, world.device)
-        dtype = getattr(torch, making.compute_dtype)
-        self._networks = {}
-        for name in folder.pipeline.denoisers:
-            expert = open_denoiser(str(folder.pipeline.path), name)
-            network = build_network(expert, alone)
-            if dtype is torch.bfloat16:
-                hold_operands(network, dtype)
-            self._networks[name] = Sampled(network, expert.config, dtype)
-
-    def __call__(self, numbers: Sequence[int], embeds: Sequence[Tensor]) -> Tensor:
-        """Latents of the clips with these numbers, (B, C, F, H, W) on the CPU."""
-        noise = [
-            initial_latents(
-                self._schedule, (1, *self._shape), generator_of(self._making.seed, number)
-            )
-            for number in numbers
-        ]
-        prompts = torch.stack([self._padded(each) for each in embeds])
-        return sample(
-            self._networks,
-            self._schedule,
-            prompts,
-            self._negative.expand(len(numbers), -1, -1),
-            latents=torch.cat(noise).to(self._device),
-        ).cpu()
-
-    def _padded(self, embeds: Tensor) -> Tensor:
-        return padded_positions(embeds, self._making.text_length).to(self._device)
-
-
-def hold_operands(network: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of products as autocast to `dtype` would cast them each time: results are
-    the same bits, in half of the memory."""
-    for module in network.modules():
-        if isinstance(module, nn.Linear | nn.Conv3d):
-            module.to(dtype)
 
 
 def _latent_shape(folder: DenoiserFolder, making: Making) -> tuple[int, int, int, int]:
@@ -230,10 +223,10 @@ def _latent_shape(folder: DenoiserFolder, making: Making) -> tuple[int, int, int
 
 
 def _checked(
-    out: Path, making: Making, captions: Sequence[str], shard_size: int | None
+    out: Path, making: Making, made_of: Mapping[str, Any], shard_size: int | None
 ) -> dict[str, Any]:
     """What the folder's set is made of, if it is free or an unfinished one of the same set."""
-    said: dict[str, Any] = {**asdict(making), "captions": list(captions)}
+    said: dict[str, Any] = {**asdict(making), **made_of}
     if shard_size is not None:
         said["shard_size"] = shard_size
     if (out / INDEX).is_file():
@@ -241,8 +234,8 @@ def _checked(
     if (out / MAKING).is_file():
         if json.loads((out / MAKING).read_text(encoding="utf-8")) != said:
             raise BadInput(
-                f"{out}: holds an unfinished set that was made with other settings or captions; "
-                "choose another --out"
+                f"{out}: holds an unfinished set that was made with other settings, captions or "
+                "videos; choose another --out"
             )
     elif os.path.lexists(out) and not (out.is_dir() and _is_free(out)):
         raise BadInput(f"{out}: exists and is no set of samples; choose another --out")

@@ -15,6 +15,9 @@ from pathlib import Path
 from turbo_opt.calibration.data.samples import SampleRecord
 from turbo_opt.calibration.data.tars import write_tar
 
+_BROKEN = ".broken"
+"""Suffix of a note that a sample cannot be made; it says why."""
+
 
 @dataclass
 class SampleFiles:
@@ -38,15 +41,38 @@ class SampleFiles:
         return self.folder / f"{number:06d}.safetensors"
 
     def holds(self, number: int) -> bool:
-        """Whether a sample has been drawn."""
-        shard = self._shard_of(number)
-        return (shard is not None and shard.is_file()) or self.own(number).is_file()
+        """Whether a sample has been made, or left out."""
+        return self._is_packed(number) or self._is_known(number)
+
+    def leave_out(self, number: int, reason: str) -> None:
+        """Note that a sample cannot be made."""
+        partial = self._mark(number).with_suffix(".partial")
+        partial.write_text(reason, encoding="utf-8")
+        partial.replace(self._mark(number))
+
+    def broken(self) -> dict[int, str]:
+        """Why samples were left out, by number, in order."""
+        marks = sorted(self.folder.glob(f"*{_BROKEN}"))
+        return {int(mark.stem): mark.read_text(encoding="utf-8") for mark in marks}
+
+    def try_broken_again(self) -> None:
+        """Forget what an earlier run left out, but for shards that are packed without it."""
+        for number in self.broken():
+            if not self._is_packed(number):
+                self._mark(number).unlink()
+
+    def forget_broken(self) -> None:
+        """Remove the notes, when the index is there."""
+        for number in self.broken():
+            self._mark(number).unlink()
 
     def records(self) -> tuple[SampleRecord, ...]:
         """The lines of the index."""
+        broken = self.broken()
         return tuple(
             SampleRecord(file=self._name(number), caption=caption)
             for number, caption in enumerate(self.captions)
+            if number not in broken
         )
 
     def pack(self) -> None:
@@ -56,7 +82,7 @@ class SampleFiles:
             numbers = range(self._packed, min(self._packed + size, len(self.captions)))
             shard = self._shard(self._packed // size)
             if not shard.is_file():
-                if not all(self.own(number).is_file() for number in numbers):
+                if not all(map(self._is_known, numbers)):
                     return
                 write_tar(shard, self._members(numbers))
             for number in numbers:  # also those that a killed run packed and did not remove
@@ -66,9 +92,21 @@ class SampleFiles:
     def _members(self, numbers: range) -> Iterator[tuple[str, bytes]]:
         for number in numbers:
             path = self.own(number)
+            if self._mark(number).is_file():
+                continue
             yield path.name, path.read_bytes()
             record = {"caption": self.captions[number], "text_length": self.text_length}
             yield path.with_suffix(".json").name, json.dumps(record, ensure_ascii=False).encode()
+
+    def _mark(self, number: int) -> Path:
+        return self.own(number).with_suffix(_BROKEN)
+
+    def _is_known(self, number: int) -> bool:
+        return self.own(number).is_file() or self._mark(number).is_file()
+
+    def _is_packed(self, number: int) -> bool:
+        shard = self._shard_of(number)
+        return shard is not None and shard.is_file()
 
     def _shard_of(self, number: int) -> Path | None:
         return self._shard(number // self.shard_size) if self.shard_size else None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from turbo_opt.calibration.data import make
+from turbo_opt.calibration.data import drawing, make
 from turbo_opt.calibration.flow import Sampled
 from turbo_opt.calibration.networks import build_network, open_denoiser
 from turbo_opt.calibration.places import locked
@@ -96,7 +96,7 @@ def test_a_stopped_set_is_continued_and_a_finished_one_kept(
     (drawn / "000002.safetensors").unlink()
     kept = (drawn / "000000.safetensors").stat().st_mtime_ns
     other = invoke(*arguments, "--out", drawn, "--seed", 5)
-    assert other.exit_code == 2 and "made with other settings or captions" in other.stderr
+    assert other.exit_code == 2 and "made with other settings, captions" in other.stderr
     assert invoke(*arguments, "--out", drawn).exit_code == 0
     assert (drawn / "000000.safetensors").stat().st_mtime_ns == kept
     assert (drawn / "index.json").read_text() == (tmp_path / "index.json").read_text()
@@ -139,7 +139,7 @@ def test_weights_held_as_products_take_them_give_the_same_bits() -> None:
     with torch.no_grad():
         (before,) = sampled(latents, **given, return_dict=False)
         nbytes = held_bytes(network)
-        make.hold_operands(network, torch.bfloat16)
+        drawing.hold_operands(network, torch.bfloat16)
         (after,) = sampled(latents, **given, return_dict=False)
     assert torch.equal(before, after)
     assert held_bytes(network) < 0.51 * nbytes
