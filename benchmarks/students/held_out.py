@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.students.variants import Variant
 from turbo_opt.calibration.data.samples import padded_positions
+from turbo_opt.calibration.latents import denormalise
 from turbo_opt.calibration.networks import DenoiserFolder
 from turbo_opt.calibration.tiny_wan import whole_clip
 from turbo_opt.calibration.tiny_wan.architecture import TEXT_LENGTH
@@ -75,7 +76,7 @@ class HeldOutClips:
             )
             vae = self._pipeline.vae
             videos += [
-                whole_clip.decode(vae, whole_clip.denormalise(vae, part)).clamp(-1, 1)
+                whole_clip.decode(vae, denormalise(vae, part)).clamp(-1, 1)
                 for part in latents.split(64)
             ]
         return torch.cat(videos)

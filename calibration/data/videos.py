@@ -14,6 +14,7 @@ from torch import Tensor
 
 from turbo_opt.calibration.components import load_components
 from turbo_opt.calibration.data.settings import Making
+from turbo_opt.calibration.latents import normalise
 from turbo_opt.calibration.networks import DenoiserFolder
 from turbo_opt.errors import BadInput
 
@@ -167,10 +168,6 @@ class Encoder:
             return Broken(str(error))
         vae = self._vae
         video = torch.from_numpy(frames).to(vae.device).movedim(-1, 0)[None]
-        latents = vae.encode(video.to(vae.dtype) / 127.5 - 1).latent_dist.mode()
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        latents = ((latents - mean) / std)[0].cpu()
+        encoded = vae.encode(video.to(vae.dtype) / 127.5 - 1).latent_dist.mode()
+        latents = normalise(vae, encoded)[0].cpu()
         return latents if latents.isfinite().all() else Broken(f"{path}: latents are not finite")

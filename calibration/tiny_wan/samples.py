@@ -28,6 +28,7 @@ from turbo_opt.calibration.data.samples import (
     write_index,
     write_sample,
 )
+from turbo_opt.calibration.latents import normalise
 
 from . import whole_clip
 from .architecture import TEXT_LENGTH
@@ -101,7 +102,7 @@ def _encode(vae: Any, rows: Tensor) -> Tensor:
     """Latents as the denoiser sees them, float16 on the CPU."""
     with autocast(rows.device, rows.is_cuda):
         mean, _ = whole_clip.encode(vae, render_table(rows))
-    return whole_clip.normalise(vae, mean.float()).half().cpu()
+    return normalise(vae, mean.float()).half().cpu()
 
 
 def _packed(latents: Tensor, prompt_embeds: Tensor) -> bytes:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from turbo_opt.calibration.flow import tensor_float
+from turbo_opt.calibration.latents import normalise
 
 from . import whole_clip
 from .architecture import (
@@ -139,7 +140,7 @@ def encode_clips(
     for rows in table.split(batch):
         with autocast(device, mixed_precision):
             mean, _ = whole_clip.encode(vae, render_table(rows))
-        latents.append(whole_clip.normalise(vae, mean.float()).half())
+        latents.append(normalise(vae, mean.float()).half())
     known = combinations()
     index = {each: i for i, each in enumerate(known)}
     texts = [caption(each, i) for each in known for i in range(len(TEMPLATES))]

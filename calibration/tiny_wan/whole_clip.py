@@ -44,26 +44,6 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
 
 
-def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Latents as the denoiser sees them: zero mean and unit variance per channel."""
-    mean, std = _statistics(vae, latents)
-    return (latents - mean) / std
-
-
-def denormalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """The inverse of :func:`normalise`."""
-    mean, std = _statistics(vae, latents)
-    return latents * std + mean
-
-
-def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = (
-        torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return mean, std
-
-
 def _downsample(layer: WanResample, x: Tensor) -> Tensor:
     x = layer(x)  # without a cache: in space only
     if layer.mode != "downsample3d":

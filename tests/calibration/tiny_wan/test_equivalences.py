@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from turbo_opt.calibration.latents import denormalise, normalise
 from turbo_opt.calibration.tiny_wan import whole_clip
 from turbo_opt.calibration.tiny_wan.architecture import (
     TransformerSize,
@@ -37,9 +38,9 @@ def test_normalising_latents_is_undone() -> None:
     vae = build_vae()
     vae.register_to_config(latents_mean=[0.5] * 16, latents_std=[2.0] * 16)
     latents = torch.randn(1, 16, 2, 3, 3)
-    normal = whole_clip.normalise(vae, latents)
+    normal = normalise(vae, latents)
     torch.testing.assert_close(normal, (latents - 0.5) / 2)
-    torch.testing.assert_close(whole_clip.denormalise(vae, normal), latents)
+    torch.testing.assert_close(denormalise(vae, normal), latents)
 
 
 def test_a_clip_of_wrong_length_is_refused() -> None:

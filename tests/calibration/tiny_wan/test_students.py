@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from turbo_opt.calibration.data.samples import SampleSet
 from turbo_opt.calibration.jobs.load import load_job
 from turbo_opt.calibration.jobs.schema import SLAJob
+from turbo_opt.calibration.latents import denormalise
 from turbo_opt.calibration.rcm.schema import RCMJob
 from turbo_opt.calibration.tiny_wan import students, whole_clip
 from turbo_opt.calibration.tiny_wan.clips import held_out, parse_caption
@@ -38,7 +39,7 @@ def test_drawn_samples_are_clips_of_their_captions(tmp_path: Path) -> None:
         wanted = parse_caption(record.caption)
         assert not held_out(wanted)
         with torch.no_grad():
-            latents = whole_clip.denormalise(pipeline.vae, sample.latents[None])
+            latents = denormalise(pipeline.vae, sample.latents[None])
             assert all(score(whole_clip.decode(pipeline.vae, latents)[0], wanted).values())
 
 
