@@ -50,7 +50,7 @@ def captioned_videos(folder: Path) -> list[tuple[Path, str]]:
     """
     if not folder.is_dir():
         raise BadInput(f"--videos {folder}: no such folder")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if _is_video(path))
     if not paths:
         suffixes = ", ".join(sorted(SUFFIXES))
         raise BadInput(f"--videos {folder}: holds no videos ({suffixes})")
@@ -61,6 +61,11 @@ def captioned_videos(folder: Path) -> list[tuple[Path, str]]:
             f"{without[0].with_suffix(_CAPTION).name} beside it is to say what it shows"
         )
     return list(zip(paths, captions, strict=True))
+
+
+def _is_video(path: Path) -> bool:
+    """By its name; hidden files are what systems leave beside the files of others."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _caption(video: Path) -> str:

@@ -110,7 +110,8 @@ def test_what_is_no_video_is_named(tmp_path) -> None:
 
 def test_captions_lie_beside_videos(tmp_path) -> None:
     (tmp_path / "b").mkdir()
-    for name in ("b/second.MP4", "a.webm", "notes.md", "b/.hidden.txt"):
+    (tmp_path / "folder.mp4").mkdir()
+    for name in ("b/second.MP4", "a.webm", "notes.md", "b/._second.MP4"):
         (tmp_path / name).touch()
     (tmp_path / "a.txt").write_text("  a cat\non a surfboard\n")
     (tmp_path / "b" / "second.txt").write_text("a dog")
