@@ -185,8 +185,8 @@ def _check_share(files: SampleFiles, broken_share: float) -> None:
     broken, total = files.broken(), len(files.captions)
     if len(broken) > broken_share * total or len(broken) == total:
         raise BadInput(
-            f"{next(iter(broken.values()))} ({len(broken)} of {total} videos are broken; mend or "
-            "remove them, or allow for a larger --broken-share)"
+            f"{next(iter(broken.values()))} ({len(broken)} of {total} videos are broken; mend "
+            "them and run the same command again, or allow for a larger --broken-share)"
         )
 
 
